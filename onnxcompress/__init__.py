@@ -1,0 +1,1 @@
+"""onnxcompress: smaller, faster ``.onnx`` files for stock onnxruntime, with the proof of what changed."""

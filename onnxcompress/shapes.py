@@ -1,0 +1,95 @@
+"""Element types and shapes of every tensor, from onnx's own inference; only what the operators prove is believed.
+
+What a file *declares* about its inner tensors and outputs is left out: exporters write sizes there that held for one
+example, and an optimizer that believes a batch of 1 makes a model that fails on a batch of 2. Declared shapes are used
+for the model's inputs alone, where the runtime enforces them.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import onnx
+from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
+
+from onnxcompress.graph import STANDARD_DOMAINS, Graph, Tensor
+from onnxcompress.model_io import element_dtype, to_proto
+
+logger = logging.getLogger(__name__)
+
+
+def infer_shapes(graph: Graph) -> None:
+    """Set ``dtype`` and ``shape`` of every Variable of the graph and its subgraphs.
+
+    Symbolic dimensions are strings; within one call equal strings mean equal sizes. A model on which the inference
+    fails keeps what it had: passes then find nothing known and leave it alone.
+    """
+    skeleton = to_proto(graph, weights=False)
+    _forget_declared(skeleton.graph)
+    try:
+        inferred = shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)
+    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        logger.info("shape inference failed: %s", str(error).splitlines()[0])
+        return
+    _read(graph, inferred.graph)
+
+
+def _forget_declared(proto: GraphProto) -> None:
+    """Drop declared shapes of inner tensors and outputs; types of foreign operators' outputs stay."""
+    foreign = {name for node in proto.node if node.domain not in STANDARD_DOMAINS for name in node.output}
+    keep = [value for value in proto.value_info if value.name in foreign]
+    del proto.value_info[:]
+    for value in keep:
+        proto.value_info.append(_without_shape(value))
+    for value in proto.output:
+        value.CopyFrom(_without_shape(value))
+    for node in proto.node:
+        for attr in node.attribute:
+            for body in ([attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs):
+                _forget_declared(body)
+
+
+def _without_shape(value: ValueInfoProto) -> ValueInfoProto:
+    bare = ValueInfoProto()
+    bare.CopyFrom(value)
+    if bare.type.HasField("tensor_type"):
+        bare.type.tensor_type.ClearField("shape")
+    return bare
+
+
+def _read(graph: Graph, proto: GraphProto) -> None:
+    known = {value.name: value for value in [*proto.value_info, *proto.output]}
+    inputs = set(graph.inputs)
+    bodies = {node.name: node for node in proto.node}
+    outputs_of = {tuple(node.output): node for node in proto.node}
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            if tensor.name in known and tensor not in inputs:
+                _apply(tensor, known[tensor.name])
+        for name, value in node.attrs.items():
+            nested = value if isinstance(value, list) else [value]
+            if not any(isinstance(body, Graph) for body in nested):
+                continue
+            counterpart = outputs_of.get(tuple(t.name for t in node.outputs)) or bodies.get(node.name)
+            attr = next((a for a in counterpart.attribute if a.name == name), None) if counterpart is not None else None
+            if attr is not None:
+                protos = [attr.g] if attr.type == onnx.AttributeProto.GRAPH else list(attr.graphs)
+                for body, body_proto in zip(nested, protos, strict=True):
+                    _read(body, body_proto)
+
+
+def _apply(tensor: Tensor, value: ValueInfoProto) -> None:
+    if not value.type.HasField("tensor_type"):
+        return
+    kind = value.type.tensor_type
+    tensor.dtype = element_dtype(kind.elem_type) if kind.elem_type else None
+    tensor.shape = None
+    if kind.HasField("shape"):
+        tensor.shape = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
+        ]
+
+
+def skeleton(graph: Graph) -> ModelProto:
+    """The model with its large weights as inputs: what checks and inference need, small for any model."""
+    return to_proto(graph, weights=False)

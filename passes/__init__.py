@@ -1,0 +1,8 @@
+"""The passes, one rewrite a file, listed here by hand; ``onnxcompress.pipeline`` orders them.
+
+This folder is the package ``onnxcompress.passes``: imported as top-level ``passes`` it would be a second copy of every
+class, so it refuses.
+"""
+
+if __name__ == "passes":
+    raise ImportError("import onnxcompress.passes, not passes: this folder is mapped into the package")
