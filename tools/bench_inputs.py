@@ -49,7 +49,7 @@ def _grid(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
 
 def _rescale(values: Array, spec: Spec) -> Array:
     """Stretch every sample (the leading axis) over the spec's range, [0, 1] by default."""
-    low, high = spec.get("low", 0.0), spec.get("high", 1.0)
+    low, high = float(spec.get("low", 0.0)), float(spec.get("high", 1.0))
     axes = tuple(range(1, values.ndim))
     floor, span = values.min(axes, keepdims=True), np.ptp(values, axes, keepdims=True)
     return low + (values - floor) / np.maximum(span, 1e-12) * (high - low)
@@ -79,7 +79,7 @@ def _text(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
                 glyph = np.kron(rng.random((7, 5)) < 0.5, np.ones((dot, dot)))
                 ink[top : top + 7 * dot, left : left + 5 * dot] -= glyph * rng.uniform(0.7, 1.0)
     grainy = page[:, None] + rng.normal(0, 0.01, shape)
-    low, high = spec.get("low", 0.0), spec.get("high", 1.0)
+    low, high = float(spec.get("low", 0.0)), float(spec.get("high", 1.0))
     return low + np.clip(grainy, 0, 1) * (high - low)
 
 
@@ -91,7 +91,8 @@ def _audio(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
     phase, level = rng.uniform(0, 2 * np.pi, (rows, 4, 1)), rng.uniform(0.1, 0.5, (rows, 4, 1))
     sound = (level * np.sin(2 * np.pi * tone * time_s + phase) * np.exp(-fade * time_s)).sum(axis=1)
     sound += rng.normal(0, 0.03 * np.abs(sound).max(), sound.shape)
-    return (sound / np.abs(sound).max() * spec.get("amp", 0.5)).reshape(shape)
+    sound *= float(spec.get("amp", 0.5)) / np.abs(sound).max()
+    return sound.reshape(shape)
 
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, Spec, Sequence[int]], Array]] = {

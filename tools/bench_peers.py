@@ -58,9 +58,8 @@ def run_copy(source: Path, target: Path) -> None:
     """The control: the same bytes, with the external data under the same relative names."""
     from bench_model import external_files
 
-    shutil.copyfile(source, target)
-    for file in external_files(source):
-        copied = target.parent / file.relative_to(source.parent)
+    for file in [source, *external_files(source)]:
+        copied = target if file == source else target.parent / file.relative_to(source.parent)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copied)
 
