@@ -171,7 +171,9 @@ def _shuffled(count: int, seed: int) -> np.ndarray:
 def _open(spec: str, target: Target, limit: int | None) -> Found:
     if spec.startswith("sklearn:"):
         return _open_sklearn(spec, target)
-    path = Path(spec).expanduser()
+    if not spec:
+        raise DataError(f"no source of data is named; expected {FORMS}")
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return open_folder(path, target)
     suffix = path.suffix.lower()
@@ -212,19 +214,18 @@ def _open_sklearn(spec: str, target: Target) -> Found:
 
 
 def _open_function(spec: str, target: Target, limit: int | None) -> Found:
-    with _working_directory_on_path():
-        try:
-            module, _, name = spec.partition(":")
-            result = getattr(importlib.import_module(module), name)()
-            if isinstance(result, Dataset):
-                given = result.samples
-                samples = Lazy(len(given), lambda i: target.fit(given[i], f"{spec}: sample {i}"))
-                return Found(samples, result.labels, eager=False)
+    with _working_directory_on_path(), _user_code(spec):
+        module, _, name = spec.partition(":")
+        result = getattr(importlib.import_module(module), name)()
+        if not isinstance(result, Dataset):
             return _collect(spec, result, target, limit)
-        except OnnxCompressError:
-            raise
-        except Exception as error:  # whatever the user's code raises
-            raise DataError(f"{spec}: {type(error).__name__}: {one_line(error)}") from error
+
+    def read(index: int) -> Sample:
+        what = f"{spec}: sample {index}"
+        with _user_code(what):
+            return target.fit(result.samples[index], what)
+
+    return Found(Lazy(len(result), read), result.labels, eager=False)
 
 
 @contextmanager
@@ -236,6 +237,16 @@ def _working_directory_on_path() -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+@contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OnnxCompressError:
+        raise
+    except Exception as error:  # whatever it may raise
+        raise DataError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _collect(spec: str, result: Any, target: Target, limit: int | None) -> Found:

@@ -7,9 +7,10 @@ the others give up shapes and types at once and their values when asked for. Not
 import itertools
 import os
 import re
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -25,7 +26,13 @@ LABEL_NAMES = ("labels", "label", "y")
 INPUT_ALIASES = ("x", "images")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
-_BROKEN_FILE = (ValueError, EOFError, OSError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# What np.load raises on damaged bytes.
+_BROKEN_FILE = (
+    *(OSError, EOFError, ValueError),
+    *(SyntaxError, tokenize.TokenError),  # an array's header
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),  # RuntimeError: an entry marked encrypted, or an unknown method
+    MemoryError,  # a shape of any size
+)
 
 
 class Lazy(Sequence[Sample]):
@@ -36,6 +43,9 @@ class Lazy(Sequence[Sample]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._make, range(self._count))  # the inherited one would take an IndexError of make for the end
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -107,7 +117,7 @@ def _member(archive: Any, name: str, path: Path) -> np.ndarray:
 
 
 def _unreadable(what: str, error: BaseException) -> DataError:
-    if "pickle" in str(error):
+    if "pickle" in str(error) or "Python objects" in str(error):
         return DataError(f"{what} is no NumPy data or holds pickled objects, which are never loaded: save plain arrays")
     return DataError(f"{what} cannot be read ({one_line(error)}): write it anew")
 
