@@ -7,8 +7,8 @@ This is the module to import from. It holds the scales and shifts of one convolu
     linear_parallel   sums, skips and concatenations of convolutions of one input
     linear_affine     matrices, and convolutions as such
 
-Results are computed in float64 and cast once to the dtype of the weight. A function named ``why_not_x`` gives the reason
-that ``x`` would raise as a ValueError, or None. Whether a merge pays is for ``cost``.
+Results are computed in float64 and cast once to the dtype of the weight. A function named ``why_not_x`` gives the
+reason that ``x`` would raise as a ValueError, or None. Whether a merge pays is for ``cost``.
 """
 
 import math

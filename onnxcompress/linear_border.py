@@ -2,8 +2,8 @@
 
 The second convolution pads the *output* of the first with zeros; the merged one (``linear_conv.compose``) computes the
 first there too, on its own padded input. Let t run over the positions outside [0, H1) that some window of the second
-reads. Nothing is wrong if there are none, or if every tap s1*t + d1*u - P1 of the first falls outside [0, H) for each of
-them: then it yields its bias alone, which is a constant, and known.
+reads. Nothing is wrong if there are none. If every tap s1*t + d1*u - P1 of the first falls outside [0, H) for each of
+them, it yields its bias alone there: wrong, but a constant, and known.
 """
 
 import enum
@@ -24,7 +24,7 @@ class Exactness(enum.IntEnum):
     EXACT_WITH_BIAS_MAP = 3
     """The same with a bias: weights exact, bias wrong on the border ring; exact with ``bias_map`` in its place."""
     APPROXIMATE = 4
-    """The first convolution sees data there: no zero-padded convolution equals the pair, and the error is the data's."""
+    """The first convolution sees data there: no zero-padded convolution equals the pair, the error is in the data."""
 
 
 def border_class(first: ConvOp, second: ConvOp, spatial: Sizes | None) -> Exactness:

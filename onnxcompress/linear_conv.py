@@ -175,13 +175,14 @@ def compose(first: ConvOp, second: ConvOp) -> ConvOp:
         factor = right[:, middle]
         flat = factor.reshape(*factor.shape[:2], -1)
         for taps in product(*map(range, second.kernel)):
-            index: tuple[slice | int, ...] = (slice(None), rows, within, *taps)
-            term = left[index] @ flat  # (group, rows, columns * taps of first)
+            source: tuple[slice | int, ...] = (slice(None), rows, within, *taps)
+            term = left[source] @ flat  # (group, rows, columns * taps of first)
             places = (
                 spread(step * v // d, d1 // d, k1)
                 for step, v, d, d1, k1 in zip(steps, taps, dilations, first.dilations, first.kernel, strict=True)
             )
-            weight[(slice(None), rows, columns, *places)] += term.reshape(*term.shape[:2], *factor.shape[2:])
+            target: tuple[slice, ...] = (slice(None), rows, columns, *places)
+            weight[target] += term.reshape(*term.shape[:2], *factor.shape[2:])
     bias = second.bias
     if first.bias is not None:
         inner = tap_response(second, first.bias).reshape(second.out_channels, -1).sum(1)

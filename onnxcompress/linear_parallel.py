@@ -1,8 +1,8 @@
 """Convolutions of one input side by side: their sum, a skip connection, their concatenation.
 
-Along one axis the taps of a convolution read the input at s*p + (d*u - P). With equal strides and equal output sizes the
-sum of two is one convolution whose taps are the union of both sets d*u - P, laid on the finest common lattice: a 1x1
-lands in the centre of a 3x3, a 1x3 and a 3x1 make a cross. Both pad with zeros, so this is exact up to the border.
+Along one axis the taps of a convolution read the input at s*p + (d*u - P). With equal strides and equal output sizes
+the sum of two is one convolution whose taps are the union of both sets d*u - P, laid on the coarsest common lattice: a
+1x1 lands in the centre of a 3x3, a 1x3 and a 3x1 make a cross. Both pad with zeros, so this is exact up to the border.
 """
 
 import math
@@ -47,7 +47,8 @@ def add_parallel(a: ConvOp, b: ConvOp, spatial: Sizes | None = None) -> ConvOp:
             spread((begin - p) // d, d_op // d, k)
             for begin, p, d, d_op, k in zip(begins, op.pads_begin, dilations, op.dilations, op.kernel, strict=True)
         )
-        weight[(slice(None), slice(None), *places)] += op.regroup(group).weight
+        index: tuple[slice, ...] = (slice(None), slice(None), *places)
+        weight[index] += op.regroup(group).weight
     biases = [op.bias.astype(np.float64) for op in (a, b) if op.bias is not None]
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     # What is added to the size before it is divided by the stride; where it differs, ``spatial`` allows either.
@@ -64,14 +65,16 @@ def add_parallel(a: ConvOp, b: ConvOp, spatial: Sizes | None = None) -> ConvOp:
 
 
 def why_not_identity(conv: ConvOp, spatial: Sizes | None = None) -> str | None:
-    """Why conv(x) + scale * x is not a convolution with this kernel, or None where it is."""
+    """Why conv(x) + scale * x is not a convolution with this kernel, or None where it is; ``spatial`` as above."""
     if conv.in_channels != conv.out_channels:
         return f"{conv.in_channels} input and {conv.out_channels} output channels"
-    reason = why_not_parallel(conv, _identity(conv), spatial)
-    if reason is not None:
-        return f"the output does not lie on the input: {reason}"
-    for axis, (pad, d, k) in enumerate(zip(conv.pads_begin, conv.dilations, conv.kernel, strict=True)):
-        if pad > d * (k - 1) or pad % d:
+    for axis, size in enumerate(_sizes(conv, spatial)):
+        pad, stride, d, k = conv.pads_begin[axis], conv.strides[axis], conv.dilations[axis], conv.kernel[axis]
+        if stride != 1 and size != 1:
+            return f"spatial axis {axis}: stride {stride}"
+        if _surplus(conv, axis) if size is None else conv.output_length(axis, size) != size:
+            return f"spatial axis {axis}: the output does not have the size of the input"
+        if pad % d or pad > d * (k - 1):
             return f"spatial axis {axis}: no tap reads its own position ({k} taps, dilation {d}, pad {pad})"
     return None
 
@@ -91,8 +94,11 @@ def add_identity(conv: ConvOp, scale: np.ndarray | float | None = None, spatial:
     if reason is not None:
         raise ValueError(f"a skip connection cannot enter the convolution: {reason}")
     factors = 1.0 if scale is None else scale
-    total = add_parallel(conv.astype(np.float64), _identity(conv, factors, np.float64), spatial)
-    return total.astype(conv.weight.dtype)
+    channels, ones, zeros = conv.in_channels, (1,) * conv.spatial_rank, (0,) * conv.spatial_rank
+    weight = channel_vector(factors, channels).reshape(channels, 1, *ones)
+    # Where there is a stride, the size is 1 and the only step is never taken.
+    identity = ConvOp(weight, None, conv.strides, ones, zeros, zeros, channels)
+    return add_parallel(conv.astype(np.float64), identity, spatial).astype(conv.weight.dtype)
 
 
 def why_not_concat(ops: Sequence[ConvOp]) -> str | None:
@@ -179,8 +185,7 @@ def _why_not_one_grid(a: ConvOp, b: ConvOp, spatial: Sizes | None) -> str | None
         return f"dtypes differ: {a.weight.dtype} and {b.weight.dtype}"
     if a.strides != b.strides:
         return f"strides differ: {a.strides} and {b.strides}"
-    sizes: Sizes = (None,) * a.spatial_rank if spatial is None else spatial
-    for axis, size in enumerate(sizes):
+    for axis, size in enumerate(_sizes(a, spatial)):
         if size is None:
             # Equal for every size only if equal before the division by the stride.
             if _surplus(a, axis) != _surplus(b, axis):
@@ -189,6 +194,13 @@ def _why_not_one_grid(a: ConvOp, b: ConvOp, spatial: Sizes | None) -> str | None
             lengths = f"{a.output_length(axis, size)} and {b.output_length(axis, size)}"
             return f"spatial axis {axis}: outputs of {lengths} from an input of {size}"
     return None
+
+
+def _sizes(conv: ConvOp, spatial: Sizes | None) -> Sizes:
+    sizes = (None,) * conv.spatial_rank if spatial is None else spatial
+    if len(sizes) != conv.spatial_rank:
+        raise ValueError(f"spatial size is {tuple(sizes)}, {conv.spatial_rank} sizes are needed")
+    return sizes
 
 
 def _surplus(conv: ConvOp, axis: int) -> int:
@@ -207,13 +219,6 @@ def _lattice(a: ConvOp, b: ConvOp, axis: int) -> tuple[int, int, int]:
     steps = [op.dilations[axis] for op in (a, b) if op.kernel[axis] > 1]
     dilation = math.gcd(a.pads_begin[axis] - b.pads_begin[axis], *steps) or 1
     return begin, dilation, (begin + end) // dilation + 1
-
-
-def _identity(conv: ConvOp, scale: np.ndarray | float = 1.0, dtype: type | None = None) -> ConvOp:
-    """x -> scale * x with the strides of ``conv``: a skip on an axis of size 1 does not mind them."""
-    channels, ones, zeros = conv.in_channels, (1,) * conv.spatial_rank, (0,) * conv.spatial_rank
-    weight = channel_vector(scale, channels).reshape(channels, 1, *ones).astype(dtype or conv.weight.dtype)
-    return ConvOp(weight, None, conv.strides, ones, zeros, zeros, channels)
 
 
 def _geometry(conv: ConvOp) -> tuple[object, ...]:
