@@ -6,3 +6,11 @@ class, so it refuses.
 
 if __name__ == "passes":
     raise ImportError("import onnxcompress.passes, not passes: this folder is mapped into the package")
+
+from onnxcompress.passes.fuse_batchnorm_into_conv import FuseBatchNormIntoConv
+
+# Within a group the order is the order of running; the reasons stand beside the lines.
+CLEANUP = ()
+FUSION = ()
+FOLDING = (FuseBatchNormIntoConv,)
+MERGING = ()

@@ -1,0 +1,5 @@
+"""``python -m onnxcompress`` is the command line."""
+
+from onnxcompress.cli import main
+
+main()

@@ -1,0 +1,401 @@
+"""The command line: one verb, one function; the only module that prints.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 not equivalent or over budget, 2 bad input or
+usage; each failure is one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from onnxcompress.errors import OnnxCompressError, OutputError, RecipeError
+
+EXIT_NOT_EQUIVALENT = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+LEVELS = {
+    0: "nothing, a checked copy",
+    1: "cleanup: constants, dead code, no-ops, duplicates",
+    2: "and fusions and folding of BatchNormalization and per-channel constants",
+    3: "and merges of linear operators (the default)",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: runs a verb and ends the process with its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+    try:
+        with contextlib.suppress(AttributeError, ValueError):
+            sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a name that the terminal cannot show
+        code = cli.main(args=arguments, prog_name="onnxcompress", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        _fail(_usage_line(error), EXIT_USAGE)
+    except OnnxCompressError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; no output was written", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout went away (a pager, head): not our failure, and nothing can be said there any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail("out of memory", EXIT_USAGE)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", EXIT_USAGE)
+    except Exception as error:  # a bug of ours: one line, and the way to the traceback
+        if os.environ.get("ONNXCOMPRESS_TRACEBACK"):
+            raise
+        text = str(error).splitlines()[0] if str(error) else ""
+        _fail(f"internal error, {type(error).__name__}: {text} (ONNXCOMPRESS_TRACEBACK=1 shows where)", 1)
+
+
+def _interrupt() -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        print(f"onnxcompress: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage_line(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    where = f" ({context.command_path} --help)" if context is not None else ""
+    return f"{error.format_message().rstrip('.')}{where}"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onnxcompress")
+@click.option("-v", "--verbose", count=True, help="Say more: -v each pass, -vv each rewrite.")
+def cli(verbose: int) -> None:
+    """Smaller, faster .onnx files for stock onnxruntime, with the proof of what changed."""
+    levels = {0: logging.WARNING, 1: logging.INFO}
+    logging.basicConfig(level=levels.get(verbose, logging.DEBUG), format="onnxcompress: %(message)s", stream=sys.stderr)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+# -- types of options ------------------------------------------------------------------------------------------------
+
+
+class Size(click.ParamType):
+    """A number of bytes: 1048576, 10K, 5M, 1G; a bare number counts ``unit`` bytes each."""
+
+    name = "size"
+
+    def __init__(self, unit: int = 1) -> None:
+        self.unit = unit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
+        factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
+        try:
+            number = float(text[:-1] if factor else text) * (factor or self.unit)
+        except ValueError:
+            self.fail(f"{value!r} is not a size; expected bytes as 10K, 5M or 1G", param, ctx)
+        if not 0 <= number < 1 << 62:
+            self.fail(f"{value!r} is out of range", param, ctx)
+        return int(number)
+
+
+class InputShape(click.ParamType):
+    """``NAME:1,3,224,224``; names may hold colons, the last one counts; -1 or ? leaves an axis dynamic."""
+
+    name = "name:dims"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, tuple[int, ...]]:
+        if isinstance(value, tuple):
+            return value
+        name, colon, dims = str(value).rpartition(":")
+        try:
+            shape = tuple(-1 if dim.strip() in ("?", "") else int(dim) for dim in dims.replace("x", ",").split(",")) if dims else ()
+        except ValueError:
+            self.fail(f"{value!r}: expected NAME:1,3,224,224", param, ctx)
+        if not colon or not name:
+            self.fail(f"{value!r}: expected NAME:1,3,224,224", param, ctx)
+        return name, shape
+
+
+def _names(values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+
+
+# -- optimize --------------------------------------------------------------------------------------------------------
+
+
+def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from onnxcompress import pipeline
+
+    known = {cls.name: stage.name for stage in pipeline.ORDER for cls in stage.passes}
+    for cls in pipeline.all_passes():
+        module = sys.modules[cls.__module__]
+        summary = (module.__doc__ or cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        click.echo(f"{cls.name:40} {known.get(cls.name, 'foreign'):8} {summary}")
+    ctx.exit(0)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, metavar="[IN...]", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write: a file, or a folder for several inputs.")
+@click.option("--in-place", is_flag=True, help="Replace each input by its result.")
+@click.option("-O", "level", type=click.IntRange(0, 3), default=3, help="How much: " + "; ".join(f"{k} {v}" for k, v in LEVELS.items()) + ".")
+@click.option("--only", multiple=True, metavar="PASS", help="Run these passes only (repeat, or separate by commas).")
+@click.option("--skip", multiple=True, metavar="PASS", help="Leave these passes out.")
+@click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_show_passes, help="Show the passes in their order.")
+@click.option("--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Fix an input's shape: NAME:1,3,224,224.")
+@click.option("--batch", type=click.IntRange(min=1), help="Fix the dynamic first axis of every input to N.")
+@click.option("--check/--no-check", default=True, help="Compare result and original on onnxruntime before writing (default).")
+@click.option("--verify-each", is_flag=True, help="Check after every pass; the one that breaks the model is named and left out.")
+@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y| of an output.")
+@click.option("--data", metavar="D", help="Samples for the check: .npz, folder of .npy or images, sklearn:digits, module:function.")
+@click.option("--metric", metavar="M", help="With labelled --data: measure this before and after (top1, top5, ...).")
+@click.option("--max-constant-mb", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Constant folding makes no larger tensor.")
+@click.option("--cost", type=click.Choice(["estimate", "measured"]), default="estimate", show_default=True, help="How merges are priced.")
+@click.option("--allow-approximate", type=click.FloatRange(min=0, min_open=True), metavar="REL", help="Do approximate merges up to this error.")
+@click.option("--latency/--no-latency", default=True, help="Time original and result; a slower result is refused (default).")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads for timing; 0 is onnxruntime's choice.")
+@click.option("--custom-ops", type=click.Path(path_type=Path), help="Shared library with custom operators, loaded for the check.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the check's inputs.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of the table.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def optimize(
+    models: tuple[Path, ...],
+    output: Path | None,
+    in_place: bool,
+    level: int,
+    report: Path | None,
+    jobs: int,
+    as_json: bool,
+    quiet: bool,
+    metric: str | None,
+    input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    max_constant_mb: float,
+    latency: bool,
+    tolerance: float | None,
+    **wishes: Any,
+) -> int:
+    """Make models smaller and faster by exact rewrites, checked on onnxruntime.
+
+    IN is a model file or a folder of them; `IN OUT` works for one model. Without -o the result of IN.onnx is
+    IN.optimized.onnx. Without IN the embedded digits model is optimized and its accuracy on held-out digits shown.
+    """
+    from onnxcompress import report as reports
+
+    if report is not None:
+        reports.check_suffix(report)
+    if not models:
+        models, output, wishes["data"], metric = _embedded(output, wishes["data"], metric)
+    plan = plan_outputs(models, output, in_place)
+    if tolerance is not None:
+        wishes["tolerance"] = tolerance
+    wishes |= {
+        "only": _names(only),
+        "skip": (*_names(skip), *_skipped_by(level)),
+        "input_shapes": dict(input_shapes),
+        "max_constant_bytes": int(max_constant_mb * (1 << 20)),
+        "measure_latency": latency,
+    }
+    done: list[dict[str, Any]] = []
+    worst = 0
+    for found in _run_all(plan, wishes, metric, jobs, quiet):
+        if "error" in found:
+            print(f"onnxcompress: {found['input']}: {found['error']}", file=sys.stderr)
+            worst = max(worst, found["code"])
+            continue
+        done.append(found)
+        if not quiet and not as_json:
+            _print_table(found)
+    if as_json:
+        click.echo(json.dumps(done[0] if len(plan) == 1 and done else done, indent=1))
+    if report is not None and done:
+        reports.write(report, done)
+    return worst
+
+
+def _skipped_by(level: int) -> list[str]:
+    from onnxcompress import pipeline
+
+    kept = {0: set(), 1: {"cleanup"}, 2: {"cleanup", "fusion", "folding"}}.get(level)
+    if kept is None:
+        return []
+    return [cls.name for stage in pipeline.ORDER for cls in stage.passes if stage.name not in kept]
+
+
+def _embedded(
+    output: Path | None, data: str | None, metric: str | None
+) -> tuple[tuple[Path, ...], Path, str | None, str | None]:
+    from onnxcompress.models import model_path
+
+    path = model_path("digits")
+    print("no model given: optimizing the embedded digits network", file=sys.stderr)
+    return (path,), output or Path("digits.optimized.onnx"), data or "sklearn:digits", metric or "top1"
+
+
+def plan_outputs(models: Sequence[Path], output: Path | None, in_place: bool) -> list[tuple[Path, Path]]:
+    """Pairs of input and output file.
+
+    Raises:
+        RecipeError: The outputs cannot be told, collide, or would overwrite an input unasked.
+        OutputError: The output folder cannot be made.
+    """
+    if in_place and output is not None:
+        raise RecipeError("--in-place and -o exclude each other")
+    if output is None and not in_place and len(models) == 2 and not models[0].is_dir() and not models[1].is_dir():
+        if models[1].exists():
+            raise RecipeError(f"two inputs: give -o FOLDER or --in-place; to overwrite {models[1]} say -o {models[1]}")
+        models, output = models[:1], models[1]
+    inputs: list[tuple[Path, Path]] = []  # file, and its name inside an output folder
+    for model in models:
+        if model.is_dir():
+            files = sorted(p for p in model.rglob("*.onnx") if p.is_file())
+            if not files:
+                raise RecipeError(f"folder {model} holds no .onnx file")
+            inputs += [(path, path.relative_to(model)) for path in files]
+        else:
+            inputs.append((model, Path(model.name)))
+    if in_place:
+        return [(path, path) for path, _ in inputs]
+    several = len(inputs) > 1 or any(model.is_dir() for model in models)
+    if output is None:
+        if several:
+            raise RecipeError(f"{len(inputs)} models: give -o FOLDER or --in-place")
+        return [(path, path.with_name(f"{path.stem}.optimized.onnx")) for path, _ in inputs]
+    if not several and not output.is_dir() and not str(output).endswith(os.sep):
+        pairs = [(inputs[0][0], output)]
+    else:
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"{len(inputs)} models need a folder, and {output} is a file")
+        pairs = [(path, output / name) for path, name in inputs]
+        try:
+            for _, target in pairs:
+                target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {error.filename}: {error.strerror}") from error
+    targets = [target for _, target in pairs]
+    twice = next((target for target in targets if targets.count(target) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"two inputs would be written to {twice}")
+    sources = {path.resolve() for path, _ in pairs}
+    clash = next((target for _, target in pairs if target.resolve() in sources), None)
+    if clash is not None:
+        raise RecipeError(f"{clash} is an input and would be overwritten; --in-place allows it")
+    return pairs
+
+
+def _run_all(
+    plan: Sequence[tuple[Path, Path]], wishes: dict[str, Any], metric: str | None, jobs: int, quiet: bool
+) -> Iterator[dict[str, Any]]:
+    if len(plan) == 1 or jobs == 1:
+        with _progress(len(plan), quiet) as (say, advance):
+            for source, target in plan:
+                yield optimize_one(source, target, wishes, metric, say, raising=len(plan) == 1)
+                advance()
+        return
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(min(jobs, len(plan)), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(optimize_one, source, target, wishes, metric) for source, target in plan]
+        with _progress(len(plan), quiet) as (_, advance):
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+                    advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def optimize_one(
+    source: Path,
+    target: Path,
+    wishes: dict[str, Any],
+    metric: str | None,
+    say: Callable[[str], None] | None = None,
+    raising: bool = False,
+) -> dict[str, Any]:
+    """Optimize one file; with ``raising`` False a failure comes back as a dictionary with ``error`` and ``code``."""
+    from onnxcompress import report as reports
+    from onnxcompress.optimizer import optimize as run
+
+    try:
+        result = run(source, target, progress=say, **wishes)
+        if metric is not None:
+            from onnxcompress.validate import validate as compare
+
+            if say is not None:
+                say(f"measuring {metric}")
+            checked = compare(source, target, data=wishes["data"], metric=metric)
+            result.quality = checked.quality
+        return reports.as_dict(result)
+    except OnnxCompressError as error:
+        if raising:
+            raise
+        return {"input": str(source), "error": " ".join(str(error).split()), "code": error.exit_code}
+
+
+@contextlib.contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar with time left for several models, a spinner with the step for one; nothing where stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield (lambda line: None), (lambda: None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    several = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if total > 1 else []
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), *several]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+        yield (lambda line: bar.update(task, description=line)), (lambda: bar.advance(task))
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from onnxcompress import report as reports
+
+    console = Console(highlight=False, soft_wrap=True)
+    title = f"{report['input']} -> {report['output']}" if report["output"] else report["input"]
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    for name, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]  # literals of rich
+    for row in reports.rows(report):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    merges = [(one, done) for one in report["passes"] for done in one["done"] if done["detail"]]
+    for one, done in merges[:8]:
+        console.print(escape(f"{one['name']}: {done['detail']}"))
+    if len(merges) > 8:
+        console.print(f"... and {len(merges) - 8} more (--report FILE.md lists all)")
+    for dropped in report["dropped"]:
+        console.print(escape(f"left out: {dropped['what']}, because {dropped['reason']}"))
+    if report["unchanged"]:
+        console.print("nothing to improve: the output is equivalent to the input")
+    console.print(escape(f"{reports.proof_line(report)}; {report['seconds']:.1f} s"))
+
+
+if __name__ == "__main__":
+    main()

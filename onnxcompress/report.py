@@ -1,0 +1,183 @@
+"""What is said of a run: one dictionary, shown as JSON, as Markdown, or by the command line as a table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from onnxcompress.errors import OutputError, RecipeError
+from onnxcompress.linear import Exactness
+from onnxcompress.optimizer import Result
+
+PACKAGES = ("onnxcompress", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
+MISSES_SHOWN = 200
+
+EXACTNESS_TEXT = {
+    Exactness.EXACT: "1 exact",
+    Exactness.EXACT_WITHOUT_BIAS: "2 exact without bias",
+    Exactness.EXACT_WITH_BIAS_MAP: "3 exact with bias map",
+    Exactness.APPROXIMATE: "4 approximate",
+}
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, so that a figure can be placed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {**found, "python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """A result as plain data, the content of every report."""
+    return {
+        "input": result.source,
+        "output": None if result.output is None else str(result.output),
+        "unchanged": result.unchanged,
+        "seconds": round(result.seconds, 3),
+        "before": result.before.as_dict(),
+        "after": result.after.as_dict(),
+        "latency": None if result.latency is None else asdict(result.latency),
+        "equivalence": None if result.comparison is None else result.comparison.as_dict(),
+        "quality": result.quality,
+        "rounds": result.passes.rounds,
+        "passes": [
+            {
+                "name": one.name,
+                "rewrites": one.rewrites,
+                "exactness": sorted({int(done.exactness) for done in one.done}),
+                "done": [{"node": d.node, "exactness": int(d.exactness), "detail": d.detail} for d in one.done],
+                "refused": [asdict(miss) for miss in one.misses[:MISSES_SHOWN]],
+                "refused_count": len(one.misses),
+            }
+            for one in result.passes.results.values()
+            if one.done or one.misses
+        ],
+        "dropped": [asdict(dropped) for dropped in result.dropped],
+        "environment": environment(),
+    }
+
+
+def rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table of a report: what, before, after, change."""
+    before, after = report["before"], report["after"]
+    table = [
+        ("nodes", f"{before['nodes']:,}", f"{after['nodes']:,}", change(before["nodes"], after["nodes"])),
+        *_operator_rows(before["by_operator"], after["by_operator"]),
+        ("bytes", bytes_text(before["size_bytes"]), bytes_text(after["size_bytes"]), change(before["size_bytes"], after["size_bytes"])),
+    ]
+    if before["download_bytes"] and after["download_bytes"]:
+        a, b = before["download_bytes"], after["download_bytes"]
+        table.append(("bytes, gzip", bytes_text(a), bytes_text(b), change(a, b)))
+    table.append(
+        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before["parameters"], after["parameters"]))
+    )
+    mark = "" if before["macs_exact"] and after["macs_exact"] else " (sizes assumed)"
+    table.append((f"MACs{mark}", f"{before['macs']:,}", f"{after['macs']:,}", change(before["macs"], after["macs"])))
+    latency = report["latency"]
+    if latency is not None:
+        speed = f"x{latency['ratio']:.2f} faster" if latency["ratio"] >= 1 else f"x{1 / latency['ratio']:.2f} slower"
+        interval = f"{speed} ({latency['low']:.2f}-{latency['high']:.2f})"
+        table.append(("latency", f"{latency['original_ms']:.3f} ms", f"{latency['result_ms']:.3f} ms", interval))
+    for name, (a, b) in (report.get("quality") or {}).items():
+        table.append((name, f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}"))
+    return table
+
+
+def _operator_rows(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
+    changed = [op for op in {**before, **after} if before.get(op, 0) != after.get(op, 0)]
+    changed.sort(key=lambda op: -abs(before.get(op, 0) - after.get(op, 0)))
+    shown = [(f"  {op}", str(before.get(op, 0)), str(after.get(op, 0)), "") for op in changed[:12]]
+    if len(changed) > 12:
+        rest = changed[12:]
+        total = (sum(before.get(op, 0) for op in rest), sum(after.get(op, 0) for op in rest))
+        shown.append((f"  {len(rest)} more operators", str(total[0]), str(total[1]), ""))
+    return shown
+
+
+def change(before: float, after: float) -> str:
+    """The change in per cent; empty where nothing changed or nothing was there."""
+    if not before or before == after:
+        return ""
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes with a decimal unit, as file managers show them."""
+    for unit in ("B", "kB", "MB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def proof_line(report: Mapping[str, Any]) -> str:
+    """One sentence on equivalence."""
+    equivalence = report["equivalence"]
+    if equivalence is None:
+        return "not checked (--no-check)"
+    return str(equivalence["summary"])
+
+
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Reports as Markdown."""
+    parts = []
+    for report in reports:
+        parts.append(f"# {report['input']}\n")
+        if report["output"]:
+            parts.append(f"Result: `{report['output']}`, {report['seconds']:.1f} s\n")
+        parts.append("| | before | after | change |\n|---|--:|--:|--:|")
+        parts.extend(f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows(report))
+        parts.append(f"\nEquivalence: {proof_line(report)}\n")
+        for dropped in report["dropped"]:
+            parts.append(f"Left out: {dropped['what']}, because {dropped['reason']}\n")
+        parts.append("| pass | rewrites | exactness | refused |\n|---|--:|---|--:|")
+        for one in report["passes"]:
+            classes = ", ".join(EXACTNESS_TEXT[Exactness(number)] for number in one["exactness"])
+            parts.append(f"| {one['name']} | {one['rewrites']} | {classes} | {one['refused_count']} |")
+        details = [(one["name"], d) for one in report["passes"] for d in one["done"] if d["detail"]]
+        if details:
+            parts.append("\n## Merges\n")
+            parts.extend(f"- {name} at `{d['node']}`: {d['detail']}" for name, d in details)
+        refusals = [(one["name"], miss) for one in report["passes"] for miss in one["refused"]]
+        if refusals:
+            parts.append("\n## Refused\n")
+            parts.extend(f"- {name} at `{miss['node']}`: {miss['reason']}" for name, miss in refusals)
+        versions = ", ".join(f"{name} {number}" for name, number in report["environment"].items())
+        parts.append(f"\n{versions}\n")
+    return "\n".join(parts)
+
+
+def write(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Write reports to a ``.json`` or ``.md`` file.
+
+    Raises:
+        RecipeError: Another suffix.
+        OutputError: The file cannot be written.
+    """
+    suffix = check_suffix(path)
+    text = markdown(reports) if suffix == ".md" else json.dumps(reports[0] if len(reports) == 1 else list(reports), indent=1)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write the report {path}: {error.strerror}") from error
+
+
+def check_suffix(path: Path) -> str:
+    """The report's suffix.
+
+    Raises:
+        RecipeError: Neither ``.json`` nor ``.md``.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".md"):
+        raise RecipeError(f"report {path}: the name must end in .json or .md")
+    return suffix
