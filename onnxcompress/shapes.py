@@ -2,7 +2,8 @@
 
 What a file *declares* about its inner tensors and outputs is left out: exporters write sizes there that held for one
 example, and an optimizer that believes a batch of 1 makes a model that fails on a batch of 2. Declared shapes are used
-for the model's inputs alone, where the runtime enforces them.
+for the model's inputs alone, where the runtime enforces the numbers. A size that is not given there, -1, or a name that
+is none ("?", "None": some exporters give it to every axis) gets a name of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def infer_shapes(graph: Graph) -> None:
     """
     skeleton = to_proto(graph, weights=False)
     _forget_declared(skeleton.graph)
+    for value in skeleton.graph.input:
+        _name_sizes(value)
+    _read_inputs(graph, skeleton.graph)
     try:
         inferred = shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
@@ -35,7 +39,7 @@ def infer_shapes(graph: Graph) -> None:
 
 
 def _forget_declared(proto: GraphProto) -> None:
-    """Drop declared shapes of inner tensors and outputs; types of foreign operators' outputs stay."""
+    """Drop declared shapes of inner tensors, outputs and subgraph inputs; types of foreign operators' outputs stay."""
     foreign = {name for node in proto.node if node.domain not in STANDARD_DOMAINS for name in node.output}
     keep = [value for value in proto.value_info if value.name in foreign]
     del proto.value_info[:]
@@ -45,8 +49,29 @@ def _forget_declared(proto: GraphProto) -> None:
         value.CopyFrom(_without_shape(value))
     for node in proto.node:
         for attr in node.attribute:
-            for body in ([attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs):
+            for body in [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs:
+                # A state of a Loop may change its shape from turn to turn, whatever the file says.
+                for value in body.input:
+                    value.CopyFrom(_without_shape(value))
                 _forget_declared(body)
+
+
+def _name_sizes(value: ValueInfoProto) -> None:
+    for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+        if dim.dim_value < 0 or (not dim.HasField("dim_value") and _is_no_name(dim.dim_param)):
+            dim.dim_param = f"{value.name}[{axis}]"
+
+
+def _is_no_name(text: str) -> bool:
+    return not any(map(str.isalpha, text)) or text.lower() in {
+        "none",
+        "null",
+        "nan",
+        "unk",
+        "unknown",
+        "dynamic",
+        "any",
+    }
 
 
 def _without_shape(value: ValueInfoProto) -> ValueInfoProto:
@@ -55,6 +80,17 @@ def _without_shape(value: ValueInfoProto) -> ValueInfoProto:
     if bare.type.HasField("tensor_type"):
         bare.type.tensor_type.ClearField("shape")
     return bare
+
+
+def _read_inputs(graph: Graph, proto: GraphProto) -> None:
+    declared = {value.name: value for value in proto.input}
+    for tensor in graph.inputs:
+        if tensor.name in declared:
+            _apply(tensor, declared[tensor.name])
+    for inner in graph.walk():
+        if inner is not graph:
+            for tensor in inner.inputs:
+                tensor.shape = None
 
 
 def _read(graph: Graph, proto: GraphProto) -> None:
@@ -75,6 +111,7 @@ def _read(graph: Graph, proto: GraphProto) -> None:
             if attr is not None:
                 protos = [attr.g] if attr.type == onnx.AttributeProto.GRAPH else list(attr.graphs)
                 for body, body_proto in zip(nested, protos, strict=True):
+                    _read_inputs(body, body_proto)
                     _read(body, body_proto)
 
 
@@ -85,9 +122,7 @@ def _apply(tensor: Tensor, value: ValueInfoProto) -> None:
     tensor.dtype = element_dtype(kind.elem_type) if kind.elem_type else None
     tensor.shape = None
     if kind.HasField("shape"):
-        tensor.shape = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim
-        ]
+        tensor.shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in kind.shape.dim]
 
 
 def skeleton(graph: Graph) -> ModelProto:
