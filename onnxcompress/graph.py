@@ -168,12 +168,8 @@ class Graph(gs.Graph):
         """This graph, then every graph nested in it, outermost first."""
         yield self
         for node in list(self.nodes):
-            for value in node.attrs.values():
-                if isinstance(value, Graph):
-                    yield from value.walk()
-                elif isinstance(value, list) and value and isinstance(value[0], Graph):
-                    for body in value:
-                        yield from body.walk()
+            for body in bodies(node):
+                yield from body.walk()
 
     def producer(self, tensor: Tensor | None) -> Node | None:
         """The node of this very graph that makes ``tensor``; None for inputs, constants and outer tensors."""
@@ -248,8 +244,12 @@ class Graph(gs.Graph):
         node.made_by = self.scope.pass_name or node.made_by
 
     def remove(self, *nodes: Node) -> None:
-        """Take nodes out; their tensors are unlinked first."""
+        """Take nodes out, with the graphs nested in them; their tensors are unlinked first."""
         for node in nodes:
+            for inner in [inner for body in bodies(node) for inner in body.walk()]:
+                for nested in inner.nodes:
+                    nested.inputs = []
+                inner.nodes = []  # a sweep that is under way finds nothing there
             node.inputs = []
             node.outputs = []
             self.nodes.remove(node)
@@ -311,11 +311,9 @@ class Graph(gs.Graph):
     def _needs(self, node: Node) -> list[Node]:
         """Nodes of this graph that ``node`` or a graph nested in it reads from."""
         tensors = list(node.inputs)
-        for value in node.attrs.values():
-            for body in value if isinstance(value, list) else [value]:
-                if isinstance(body, Graph):
-                    for nested in body.walk():
-                        tensors += [t for inner in nested.nodes for t in inner.inputs] + list(nested.outputs)
+        for body in bodies(node):
+            for nested in body.walk():
+                tensors += [t for inner in nested.nodes for t in inner.inputs] + list(nested.outputs)
         return [maker for tensor in tensors if (maker := self.producer(tensor)) is not None and maker is not node]
 
 
@@ -325,6 +323,17 @@ class Graph(gs.Graph):
 def is_op(node: Node | None, *ops: str) -> bool:
     """Whether ``node`` is one of these operators of the standard domain."""
     return node is not None and node.op in ops and node.domain in STANDARD_DOMAINS
+
+
+def bodies(node: Node) -> list[Graph]:
+    """The graphs that ``node`` holds: branches, loop bodies."""
+    found: list[Graph] = []
+    for value in node.attrs.values():
+        if isinstance(value, Graph):
+            found.append(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Graph):
+            found += value
+    return found
 
 
 def optional_input(node: Node, index: int) -> Tensor | None:
