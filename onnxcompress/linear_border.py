@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxcompress.linear_conv import ConvOp, Sizes, cast, channel_vector, check_chain, tap_response
+from onnxcompress.linear_conv import ConvOp, Sizes, cast, channel_vector, check_chain, sizes_or_unknown, tap_response
 
 
 class Exactness(enum.IntEnum):
@@ -20,9 +20,9 @@ class Exactness(enum.IntEnum):
     EXACT = 1
     """No window of the second convolution that is computed reaches its padding."""
     EXACT_WITHOUT_BIAS = 2
-    """Where it does, the first convolution sees zeros only, and it has no bias: it would have computed the padding."""
+    """Where one does, the first convolution sees zeros only and has no bias, so it gives the zeros of the padding."""
     EXACT_WITH_BIAS_MAP = 3
-    """The same with a bias: weights exact, bias wrong on the border ring; exact with ``bias_map`` in its place."""
+    """The same, but with a bias: the merged one is wrong on the border ring, and right with ``bias_map`` instead."""
     APPROXIMATE = 4
     """The first convolution sees data there: no zero-padded convolution equals the pair, the error is in the data."""
 
@@ -42,9 +42,7 @@ def border_class(first: ConvOp, second: ConvOp, spatial: Sizes | None) -> Exactn
         ValueError: The two do not follow one another, or do not fit the size.
     """
     check_chain(first, second)
-    sizes = (None,) * first.spatial_rank if spatial is None else tuple(spatial)
-    if len(sizes) != first.spatial_rank:
-        raise ValueError(f"spatial size is {sizes}, {first.spatial_rank} sizes are needed")
+    sizes = sizes_or_unknown(first, spatial)
     axes = [_axis_border(first, second, axis, size) for axis, size in enumerate(sizes)]
     if not any(touched for touched, _, _ in axes):
         return Exactness.EXACT
@@ -91,7 +89,7 @@ def shift_input_bias(conv: ConvOp, shift: np.ndarray, spatial: Sizes | None) -> 
     Raises:
         ValueError: A size that the map depends on is unknown.
     """
-    sizes: Sizes = (None,) * conv.spatial_rank if spatial is None else spatial
+    sizes = sizes_or_unknown(conv, spatial)
     vector = channel_vector(shift, conv.in_channels)
     ones, zeros = (1,) * conv.spatial_rank, (0,) * conv.spatial_rank
     unit = np.ones((conv.in_channels, 1, *ones), conv.weight.dtype)
@@ -104,9 +102,8 @@ def shift_input_bias(conv: ConvOp, shift: np.ndarray, spatial: Sizes | None) -> 
 
 def constant_response(conv: ConvOp, values: np.ndarray, spatial: Sizes) -> np.ndarray:
     """Output (1, O, *out), float64, bias included, for an input that is ``values`` (I,) at every position."""
-    field: np.ndarray = tap_response(
-        conv, values
-    )  # (O, *k); each turn takes the first tap axis off and puts an output axis last
+    # (O, *k); each turn takes the first tap axis off and puts an output axis last.
+    field: np.ndarray = tap_response(conv, values)
     for axis, size in enumerate(spatial):
         if size is not None:
             positions = _positions(conv, axis, conv.output_length(axis, size))

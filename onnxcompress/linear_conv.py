@@ -151,6 +151,14 @@ def known_sizes(conv: ConvOp, spatial: Sizes) -> tuple[int, ...]:
     return sizes
 
 
+def sizes_or_unknown(conv: ConvOp, spatial: Sizes | None) -> Sizes:
+    """Spatial sizes, one per axis, each a number or None."""
+    sizes = (None,) * conv.spatial_rank if spatial is None else tuple(spatial)
+    if len(sizes) != conv.spatial_rank:
+        raise ValueError(f"spatial size is {sizes}, {conv.spatial_rank} sizes are needed")
+    return sizes
+
+
 def compose(first: ConvOp, second: ConvOp) -> ConvOp:
     """One convolution for ``second`` after ``first``, as exact as ``border_class`` (linear_border) says.
 

@@ -13,7 +13,7 @@ from functools import reduce
 import numpy as np
 
 from onnxcompress.linear_border import Exactness, border_class
-from onnxcompress.linear_conv import ConvOp, Sizes, cast, channel_vector, compose, spread
+from onnxcompress.linear_conv import ConvOp, Sizes, cast, channel_vector, compose, sizes_or_unknown, spread
 
 
 def why_not_parallel(a: ConvOp, b: ConvOp, spatial: Sizes | None = None) -> str | None:
@@ -68,7 +68,7 @@ def why_not_identity(conv: ConvOp, spatial: Sizes | None = None) -> str | None:
     """Why conv(x) + scale * x is not a convolution with this kernel, or None where it is; ``spatial`` as above."""
     if conv.in_channels != conv.out_channels:
         return f"{conv.in_channels} input and {conv.out_channels} output channels"
-    for axis, size in enumerate(_sizes(conv, spatial)):
+    for axis, size in enumerate(sizes_or_unknown(conv, spatial)):
         pad, stride, d, k = conv.pads_begin[axis], conv.strides[axis], conv.dilations[axis], conv.kernel[axis]
         if stride != 1 and size != 1:
             return f"spatial axis {axis}: stride {stride}"
@@ -185,7 +185,7 @@ def _why_not_one_grid(a: ConvOp, b: ConvOp, spatial: Sizes | None) -> str | None
         return f"dtypes differ: {a.weight.dtype} and {b.weight.dtype}"
     if a.strides != b.strides:
         return f"strides differ: {a.strides} and {b.strides}"
-    for axis, size in enumerate(_sizes(a, spatial)):
+    for axis, size in enumerate(sizes_or_unknown(a, spatial)):
         if size is None:
             # Equal for every size only if equal before the division by the stride.
             if _surplus(a, axis) != _surplus(b, axis):
@@ -194,13 +194,6 @@ def _why_not_one_grid(a: ConvOp, b: ConvOp, spatial: Sizes | None) -> str | None
             lengths = f"{a.output_length(axis, size)} and {b.output_length(axis, size)}"
             return f"spatial axis {axis}: outputs of {lengths} from an input of {size}"
     return None
-
-
-def _sizes(conv: ConvOp, spatial: Sizes | None) -> Sizes:
-    sizes = (None,) * conv.spatial_rank if spatial is None else spatial
-    if len(sizes) != conv.spatial_rank:
-        raise ValueError(f"spatial size is {tuple(sizes)}, {conv.spatial_rank} sizes are needed")
-    return sizes
 
 
 def _surplus(conv: ConvOp, axis: int) -> int:
