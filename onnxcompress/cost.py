@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
@@ -59,22 +59,22 @@ class OperatorSpec:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        attrs: dict[str, object] = dict(self.attrs)
+        attrs: dict[str, Any] = dict(self.attrs)
         shape = self.input_shape
         if self.op == "Conv":
             weight = self.weight_shapes[0]
             return (shape[0], weight[0], *_conv_output(shape[2:], weight[2:], attrs))
         if self.op == "ConvTranspose":
-            weight, group = self.weight_shapes[0], int(attrs.get("group", 1))  # type: ignore[arg-type]
+            weight, group = self.weight_shapes[0], int(attrs.get("group", 1))
             return (shape[0], weight[1] * group, *_transpose_output(shape[2:], weight[2:], attrs))
         if self.op in ("MatMul", "Gemm"):
             return (*shape[:-1], self.weight_shapes[0][0 if attrs.get("transB", 0) else -1])
         if self.op == "AveragePool":
-            return (*shape[:2], *_conv_output(shape[2:], attrs["kernel_shape"], attrs))  # type: ignore[arg-type]
+            return (*shape[:2], *_conv_output(shape[2:], attrs["kernel_shape"], attrs))
         if self.op == "GlobalAveragePool":
             return (*shape[:2], *[1] * (len(shape) - 2))
         if self.op == "Concat":
-            axis = int(attrs["axis"])  # type: ignore[arg-type]
+            axis = int(attrs["axis"])
             return (*shape[:axis], sum(s[axis] for s in (shape, *self.live_shapes)), *shape[axis + 1 :])
         if self.op == "Split":
             return shape  # of all outputs together
@@ -91,11 +91,11 @@ class OperatorSpec:
         return 0
 
 
-def _transpose_output(size: Sequence[int], kernel: Sequence[int], attrs: dict[str, object]) -> list[int]:
+def _transpose_output(size: Sequence[int], kernel: Sequence[int], attrs: dict[str, Any]) -> list[int]:
     rank = len(kernel)
 
     def ints(name: str, default: int, count: int = rank) -> list[int]:
-        return list(attrs.get(name) or [default] * count)  # type: ignore[call-overload, no-any-return]
+        return list(attrs.get(name) or [default] * count)
 
     strides, dilations, extra = ints("strides", 1), ints("dilations", 1), ints("output_padding", 0)
     pads = ints("pads", 0, 2 * rank)
@@ -105,11 +105,11 @@ def _transpose_output(size: Sequence[int], kernel: Sequence[int], attrs: dict[st
     ]
 
 
-def _conv_output(size: Sequence[int], kernel: Sequence[int], attrs: dict[str, object]) -> list[int]:
+def _conv_output(size: Sequence[int], kernel: Sequence[int], attrs: dict[str, Any]) -> list[int]:
     rank = len(kernel)
 
     def ints(name: str, default: list[int]) -> list[int]:
-        return list(attrs.get(name) or default)  # type: ignore[call-overload, no-any-return]
+        return list(attrs.get(name) or default)
 
     strides, dilations, pads = ints("strides", [1] * rank), ints("dilations", [1] * rank), ints("pads", [0] * 2 * rank)
     return [
@@ -286,7 +286,7 @@ def candidate_model(specs: Sequence[OperatorSpec]) -> tuple[onnx.ModelProto, dic
             values = (rng.normal(size=shape) * 0.05).astype(spec.dtype)
             weights.append(onnx.numpy_helper.from_array(values, f"w{i}_{j}"))
             names.append(f"w{i}_{j}")
-        attrs = {k: list(v) if isinstance(v, tuple) else v for k, v in spec.attrs}
+        attrs: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in spec.attrs}
         made = [f"y{i}"]
         if spec.op == "Split":
             sizes = np.array(attrs.pop("split"), np.int64)
