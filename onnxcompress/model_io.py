@@ -85,7 +85,11 @@ class StoredValues(LazyValues):
 
 _PACKED_BITS = {
     getattr(TensorProto, name): bits
-    for name, bits in {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.items()
+    for name, bits in {
+        **dict.fromkeys(["INT4", "UINT4", "FLOAT4E2M1"], 4),
+        **dict.fromkeys(["INT2", "UINT2"], 2),
+        **dict.fromkeys(["FLOAT6E2M3", "FLOAT6E3M2"], 6),
+    }.items()
     if hasattr(TensorProto, name)
 }
 
@@ -419,7 +423,7 @@ class _Writer:
         proto.node.extend(self.node(node) for node in graph.nodes)
         constants = self.by_home.get(graph, {})
         present = {t.name for node in graph.nodes for t in node.outputs} | set(constants) | set(graph.overridable)
-        present |= {t.name for t in graph.inputs}
+        present |= {t.name for t in graph.inputs if not isinstance(t, Constant)}
         listed = {t.name for t in carrier.initializer}
         ir3 = self.root.ir_version is not None and self.root.ir_version < 4
         for value in carrier.input:
