@@ -4,6 +4,7 @@ A spec is ``{"shape": [...], "dtype": "float32", "dist": NAME, ...}``:
 
     normal   mean, std, optional clip to low / high      randint  low (included) to high (excluded)
     const    value                                       audio    decaying tones plus noise, amplitude amp
+    halved   value or half of it, drawn per element; half of it when there is one element only
     image    smooth 1/f picture scaled to low / high, layout "nchw" or "nhwc"
     text     dark glyph-like boxes on a light page, scaled to low / high, NCHW
     grid     multiples of 1/64 around zero: signed, with ties and exact zeros (for models without a spec)
@@ -41,6 +42,11 @@ def _randint(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Arra
 
 def _const(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
     return np.full(shape, spec["value"])
+
+
+def _halved(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
+    half = spec["value"] // 2
+    return np.full(shape, half) if np.prod(shape) == 1 else rng.choice([spec["value"], half], shape)
 
 
 def _grid(rng: np.random.Generator, spec: Spec, shape: Sequence[int]) -> Array:
@@ -99,6 +105,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, Spec, Sequence[int]], Ar
     "normal": _normal,
     "randint": _randint,
     "const": _const,
+    "halved": _halved,
     "image": _image,
     "text": _text,
     "audio": _audio,
@@ -144,8 +151,15 @@ def generic_specs(inputs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, An
     return specs
 
 
-def _resized(specs: Specs, dims: Mapping[str, Dims], grow: Callable[[str, int], int | None]) -> dict[str, Spec] | None:
-    """Specs with ``grow(key, size)`` at each axis that is not fixed, or None when nothing grows.
+def _with_other_constants(specs: Specs) -> dict[str, Spec]:
+    return {
+        name: {**spec, "dist": "halved"} if spec.get("dist") == "const" and "int" in spec.get("dtype", "") else spec
+        for name, spec in specs.items()
+    }
+
+
+def _resized(specs: Specs, dims: Mapping[str, Dims], grow: Callable[[str, int], int | None]) -> dict[str, Spec]:
+    """Specs with ``grow(key, size)`` at each axis that is not fixed.
 
     ``key`` is the symbol of the axis; unstated axes of equal size are taken for the same thing.
     """
@@ -157,13 +171,14 @@ def _resized(specs: Specs, dims: Mapping[str, Dims], grow: Callable[[str, int], 
             if not isinstance(dim, int):
                 shape[axis] = grow(dim or f"unstated {size}", size) or size
         resized[name] = {**spec, "shape": shape}
-    return resized if any(resized[name]["shape"] != list(specs[name]["shape"]) for name in specs) else None
+    return resized
 
 
 def cases(specs: Specs, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that judge a model: two seeds, one more batch size, one more size of the other symbolic dims.
+    """The runs that judge a model: two seeds, a larger batch, larger other sizes, half of them with other constants.
 
-    A case that the original cannot run (a symbol that stands for one size only) is dropped later, by trying it.
+    Constant integers are switches and masks, so that one value of them shows one branch of the model. A case that the
+    original cannot run (a symbol that stands for one size only) is dropped later, by trying it.
     """
     dims: dict[str, Dims] = {value["name"]: value["dims"] or () for value in inputs}
     batch = {
@@ -179,9 +194,16 @@ def cases(specs: Specs, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         # Stay on the network's grid: the largest power of two in the size, 32 at most.
         return None if key in batch else size + min(size & -size, 32)
 
+    def half_rest(key: str, size: int) -> int | None:
+        return None if key in batch or size % 2 else size // 2
+
     variants = [("seed 0", 0, dict(specs)), ("seed 1", 1, dict(specs))]
-    for label, seed, grow in [("larger batch", 2, larger_batch), ("larger size", 3, larger_rest)]:
-        resized = _resized(specs, dims, grow)
-        if resized:
+    for label, seed, own, grow in [
+        ("larger batch", 2, specs, larger_batch),
+        ("larger size", 3, specs, larger_rest),
+        ("half", 4, _with_other_constants(specs), half_rest),
+    ]:
+        resized = _resized(own, dims, grow)
+        if resized != specs:
             variants.append((label, seed, resized))
     return [{"label": label, "seed": seed, "specs": own} for label, seed, own in variants]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-# Operators that every runtime of the standard knows. A call of the model's own function is as good as its body.
-STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 CHUNK_BYTES = 1 << 20
 
 Interface = dict[str, list[dict[str, Any]]]
@@ -34,19 +32,34 @@ def node_lists(model: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
             yield graph.node
 
 
+def is_standard(domain: str, op_type: str, opset: int) -> bool:
+    """Whether the ONNX standard has the operator at this version: LayerNormalization at opset 12 is no such thing."""
+    try:
+        onnx.defs.get_schema(op_type, max_inclusive_version=opset, domain=domain)
+    except onnx.defs.SchemaError:  # the answer
+        return False
+    return True
+
+
 def count_nodes(model: onnx.ModelProto) -> dict[str, Any]:
-    """Count nodes wherever they stand. Constant nodes apart: an initializer is another spelling of the same."""
+    """Count nodes wherever they stand. Constant nodes apart: an initializer is another spelling of the same.
+
+    ``foreign_nodes`` are those that not every runtime of the standard knows. A call of the model's own function is as
+    good as its body.
+    """
+    opsets = {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
     functions = {(function.domain, function.name) for function in model.functions}
     operators: Counter[str] = Counter()
     constants = foreign = 0
     for nodes in node_lists(model):
         for node in nodes:
-            standard = node.domain in STANDARD_DOMAINS
-            if standard and node.op_type == "Constant":
+            domain = "" if node.domain == "ai.onnx" else node.domain
+            if (domain, node.op_type) == ("", "Constant"):
                 constants += 1
                 continue
-            operators[node.op_type if standard else f"{node.domain}:{node.op_type}"] += 1
-            foreign += not standard and (node.domain, node.op_type) not in functions
+            operators[f"{domain}:{node.op_type}" if domain else node.op_type] += 1
+            own = (node.domain, node.op_type) in functions
+            foreign += not own and not is_standard(domain, node.op_type, opsets.get(domain, 1))
     return {
         "nodes": operators.total(),
         "constant_nodes": constants,
@@ -134,8 +147,14 @@ def _shape(dims: Sequence[int | str | None] | None) -> str:
     return "unstated" if dims is None else "[" + ",".join(_dim(dim) for dim in dims) + "]"
 
 
-def _compare_value(before: Mapping[str, Any], after: Mapping[str, Any], side: str) -> tuple[str, str] | None:
-    """None when equal, otherwise (grade, text) with grade "refined" or "changed"."""
+def _compare_value(
+    before: Mapping[str, Any], after: Mapping[str, Any], side: str, fed: Container[str]
+) -> tuple[str, str] | None:
+    """None when equal, otherwise (grade, text) with grade "refined" or "changed".
+
+    Stating what was left open is harmless, except a number demanded of an input. A symbol of an output that no input
+    has (``fed`` lacks it) says no more than an open dim.
+    """
     name = f"{side} {before['name']!r}"
     if before["type"] != after["type"]:
         return "changed", f"{name}: type {before['type']} became {after['type']}"
@@ -147,16 +166,20 @@ def _compare_value(before: Mapping[str, Any], after: Mapping[str, Any], side: st
         return ("refined" if side == "output" else "changed"), text
     if new is None or len(old) != len(new):
         return "changed", text
-    # Stating what was left open is harmless, except a number demanded of an input.
-    harmless = all(
-        o == n or (o is None and (side == "output" or isinstance(n, str))) for o, n in zip(old, new, strict=True)
-    )
-    return ("refined" if harmless else "changed"), text
+
+    def harmless(o: int | str | None, n: int | str | None) -> bool:
+        if side == "output":
+            return o is None or (isinstance(o, str) and o not in fed and n is not None)
+        return o is None and isinstance(n, str)
+
+    same = all(o == n or harmless(o, n) for o, n in zip(old, new, strict=True))
+    return ("refined" if same else "changed"), text
 
 
 def compare_interfaces(before: Interface, after: Interface) -> dict[str, Any]:
     """Verdict "equal", "refined" (something unstated was filled in) or "changed", and every difference in words."""
     differences: list[tuple[str, str]] = []
+    fed = {dim for value in before["inputs"] for dim in value["dims"] or () if isinstance(dim, str)}
     for side, plural in [("input", "inputs"), ("default", "defaults"), ("output", "outputs")]:
         old = {value["name"]: value for value in before[plural]}
         new = {value["name"]: value for value in after[plural]}
@@ -165,7 +188,7 @@ def compare_interfaces(before: Interface, after: Interface) -> dict[str, Any]:
         common = [name for name in old if name in new]
         if common != [name for name in new if name in old]:
             differences.append(("changed", f"order of the {plural}"))
-        compared = [_compare_value(old[name], new[name], side) for name in common]
+        compared = [_compare_value(old[name], new[name], side, fed) for name in common]
         differences += [difference for difference in compared if difference]
     grades = {grade for grade, _ in differences}
     verdict = "changed" if "changed" in grades else ("refined" if grades else "equal")

@@ -30,7 +30,7 @@ import bench_process
 import bench_tables
 
 # This process stays small (no numpy, no onnx): a child starts as a copy of it, and would inherit its memory peak.
-SCHEMA = 1
+SCHEMA = 2
 TOOLS = Path(__file__).resolve().parent
 REPOSITORY = TOOLS.parent
 PROBE = """
@@ -184,7 +184,8 @@ class Bench:
         target = self.target(model, arm)
         samples = {name: Path(path) for name, path in original["reference"]["samples"].items()}
         command = bench_peers.command(arm, self.python_of(arm), model.path, target, samples)
-        runs = []
+        runs: list[bench_process.Run] = []
+        load = os.getloadavg()[0]
         for _ in range(self.arguments.repeats):
             shutil.rmtree(target.parent, ignore_errors=True)
             target.parent.mkdir(parents=True)
@@ -195,6 +196,7 @@ class Bench:
         best = min(runs, key=lambda run: run.wall_s).as_dict()
         best["peak_mb"] = max(run.peak_mb for run in runs)
         best["walls_s"] = [run.wall_s for run in runs]
+        best["load"] = load  # of the machine, before: times taken beside other work are too long
         return best, None if target.exists() else f"exit code 0, but no file: {runs[-1].message}"
 
     def arm(self, model: Model, arm: str, original: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +219,9 @@ class Bench:
     def latency(self, model: Model, original: Mapping[str, Any], records: Mapping[str, dict[str, Any]]) -> None:
         """Time the given arms beside the original and write the ratios into their records."""
         files = {arm: str(self.target(model, arm)) for arm in records}
-        progress(f"{model.name}: latency of {', '.join(files)}")
+        load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+        busy = f" (load {load:.1f} on {cpus} CPUs: expect noise)" if load > cpus else ""
+        progress(f"{model.name}: latency of {', '.join(files)}{busy}")
         result, failure = self.judge(
             "latency",
             original=str(model.path),
@@ -234,9 +238,15 @@ class Bench:
             if result is None:
                 record["latency"] = {"message": failure}
                 continue
-            shared = {key: result[key] for key in ("original_ms", "rounds", "repeats")}
+            shared: dict[str, Any] = {key: result[key] for key in ("original_ms", "rounds", "repeats")}
             control = {f"control_{p}": result["arms"]["control"][f"ratio_{p}"] for p in ("p10", "p50", "p90")}
-            record["latency"] = {**result["arms"][arm], **shared, **control, "threads": self.arguments.threads}
+            record["latency"] = {
+                **result["arms"][arm],
+                **shared,
+                **control,
+                "threads": self.arguments.threads,
+                "load": load,
+            }
 
     def run_model(self, model: Model, versions: Mapping[str, str]) -> None:
         original = self.original(model)

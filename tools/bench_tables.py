@@ -135,18 +135,17 @@ def model_row(arm: str, record: Record, original: Record) -> list[str]:
 def model_section(name: str, original: Record, records: Mapping[str, Record]) -> str:
     """The table of one model, under what was found about the original."""
     facts, reference = original["facts"], original["reference"]
-    runs = ", ".join(case["label"] for case in reference["cases"]) or f"does not run: {reference['dropped']}"
+    runs = ", ".join(case["label"] for case in reference["cases"]) or "none"
+    dropped = "; ".join(f"{label} ({shortened(why)})" for label, why in reference["dropped"].items()) or "none"
     lines = [
-        f"### {name}",
-        "",
-        f"Original: {facts['nodes']} nodes without {facts['constant_nodes']} Constant, {facts['bytes']:,} bytes, "
-        f"{facts['gzip_bytes']:,} gzip, IR {facts['ir_version']}, opset {facts['opsets'].get('', '-')}, "
-        f"checker {facts['checker']}. Runs: {runs}. onnxruntime's noise {number(reference['noise'], '.1e')}, "
+        f"Original: {facts['nodes']} nodes without {facts['constant_nodes']} Constant, {facts['bytes']:,} bytes,",
+        f"{facts['gzip_bytes']:,} gzip, IR {facts['ir_version']}, opset {facts['opsets'].get('', '-')},",
+        f"checker {facts['checker']}. Cases: {runs}; not possible: {dropped}.",
+        f"onnxruntime's noise {number(reference['noise'], '.1e')},",
         f"sensitivity to 1e-6 {number(reference['sensitivity'], '.1e')}, allowed error {allowed_error(original):.1e}.",
-        "",
-        table(MODEL_HEADER, [model_row(arm, record, original) for arm, record in records.items()]),
     ]
-    return "\n".join(lines)
+    rows = [model_row(arm, record, original) for arm, record in records.items()]
+    return "\n\n".join([f"### {name}", "\n".join(lines), table(MODEL_HEADER, rows)])
 
 
 SUMMARY_HEADER = (
@@ -156,6 +155,7 @@ SUMMARY_HEADER = (
     "fails",
     "differs",
     "interface changed",
+    "refined",
     "checker fails",
     "grown > 1 %",
     "non-standard operators",
@@ -186,6 +186,7 @@ def summarize(records: Mapping[str, Record], originals: Mapping[str, Record]) ->
         "fails": verdicts.count("fails"),
         "differs": verdicts.count("differs"),
         "interface_changed": sum(record["interface"]["verdict"] == "changed" for record, _ in written),
+        "interface_refined": sum(record["interface"]["verdict"] == "refined" for record, _ in written),
         "checker_fails": sum(
             record["facts"]["checker"] != "ok" and original["facts"]["checker"] == "ok" for record, original in written
         ),
@@ -205,7 +206,8 @@ def summarize(records: Mapping[str, Record], originals: Mapping[str, Record]) ->
 
 
 def summary_row(arm: str, summary: Mapping[str, Any]) -> list[str]:
-    counts = ("models", "ok", "fails", "differs", "interface_changed", "checker_fails", "grown", "non_standard")
+    verdicts = ("models", "ok", "fails", "differs", "interface_changed", "interface_refined", "checker_fails")
+    counts = (*verdicts, "grown", "non_standard")
     standard = number(summary["standard_nodes_kept"], ".3f")
     return [
         arm,

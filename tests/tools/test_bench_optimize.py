@@ -56,6 +56,13 @@ def test_nodes_in_subgraphs_count_and_constants_do_not():
     assert counted["foreign_nodes"] == 1
 
 
+@pytest.mark.parametrize(("opset", "foreign"), [(12, 1), (17, 0)])
+def test_an_operator_newer_than_the_opset_is_foreign(opset, foreign):
+    early = model("g (float[N, 4] x, float[4] s) => (float[N, 4] y) { y = LayerNormalization(x, s) }")
+    early.opset_import[0].version = opset
+    assert bench_model.count_nodes(early)["foreign_nodes"] == foreign
+
+
 def test_a_call_of_the_models_own_function_is_not_foreign():
     with_function = model(WITH_FUNCTION)
     with_function.functions.append(parser.parse_function(TWICE))
@@ -77,6 +84,8 @@ def test_a_call_of_the_models_own_function_is_not_foreign():
         ("float[N, 4] x) => (float[] y", "float[N, 4] x) => (float[N, 4] y", "refined"),  # [] states no shape
         ("float[N, 4] x) => (float y", "float[N, 4] x) => (float[N, 4] y", "changed"),
         ("float[?, 4] x) => (float[N, 4] y", "float[N, 4] x) => (float[N, 4] y", "refined"),
+        ("float[N, 4] x) => (float[N, out0] y", "float[N, 4] x) => (float[N, 4] y", "refined"),  # no input has out0
+        ("float[N, 4] x) => (float[N, out0] y", "float[N, 4] x) => (float[N, ?] y", "changed"),
         ("float[?, 4] x) => (float[N, 4] y", "float[1, 4] x) => (float[N, 4] y", "changed"),
         ("float[N, 4] x, float u) => (float[N, 4] y", "float[N, 4] x) => (float[N, 4] y", "changed"),
         ("float[2] x, float[2] u) => (float[2] y", "float[2] u, float[2] x) => (float[2] y", "changed"),
@@ -173,16 +182,20 @@ def test_cases_vary_batch_and_size_by_symbol():
     inputs = interface("g (float[N, T, 8] x, int64[N] n, float[4, N] s) => (float[N, T, 8] y) { y = Relu(x) }")[
         "inputs"
     ]
-    specs = {"x": {"shape": [1, 48, 8]}, "n": {"shape": [1]}, "s": {"shape": [4, 1]}}
-    shapes = {
-        case["label"]: [spec["shape"] for spec in case["specs"].values()] for case in bench_inputs.cases(specs, inputs)
-    }
+    switch = {"shape": [1], "dtype": "int64", "dist": "const", "value": 16000}
+    specs = {"x": {"shape": [1, 48, 8]}, "n": switch, "s": {"shape": [4, 1]}}
+    made = bench_inputs.cases(specs, inputs)
+    shapes = {case["label"]: [spec["shape"] for spec in case["specs"].values()] for case in made}
     assert shapes == {
         "seed 0": [[1, 48, 8], [1], [4, 1]],
         "seed 1": [[1, 48, 8], [1], [4, 1]],
         "larger batch": [[2, 48, 8], [2], [4, 2]],
         "larger size": [[1, 64, 8], [1], [4, 1]],
+        "half": [[1, 24, 8], [1], [4, 1]],
     }
+    values = {case["label"]: bench_inputs.make_inputs(case["specs"], 0)["n"].tolist() for case in made}
+    assert values["seed 0"] == [16000]
+    assert values["half"] == [8000]
 
 
 # Judgement
