@@ -1,0 +1,26 @@
+"""Reference architectures in plain PyTorch, and small trained .onnx files made from them.
+
+``path("digits")`` is the file of the default model: digits of 8x8 pixels, trained by ``tools/train_digits.py``. Its
+architecture is ``onnxcompress.models.digits``, which imports torch; nothing else here does.
+"""
+
+from pathlib import Path
+
+if __name__ != "onnxcompress.models":
+    raise ImportError(f"import it as onnxcompress.models, not as {__name__}", name=__name__)
+
+from onnxcompress.errors import ModelError
+
+_FOLDER = Path(__file__).parent
+
+
+def path(name: str) -> Path:
+    """Return the trained .onnx file of a reference architecture.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    names = sorted(file.stem for file in _FOLDER.glob("*.onnx"))
+    if name not in names:
+        raise ModelError(f"no model {name!r} comes with onnxcompress; there is {', '.join(names) or 'none'}")
+    return _FOLDER / f"{name}.onnx"
