@@ -1,184 +1,38 @@
 """The program inside the child process of ``runtime.Runtime``: onnxruntime behind a pipe.
 
 It is started by ``Runtime``, answers one request at a time on its standard output, and ends when its standard input
-does. It imports numpy and onnxruntime, nothing else of the package. A frame, in both directions, is
-
-    8 bytes   length of the header, little endian
-    header    JSON; "sizes" lists the lengths of the buffers
-    buffers   raw bytes: models, and tensors in row-major order, 4- and 2-bit elements packed low bits first
-
-and a value in a header is a tensor {"type", "shape"} that takes the next buffer, a string tensor {"strings", "shape"},
-a sequence {"sequence"}, a map {"map"}, a plain scalar inside one of these, or null: an optional without a value.
+does. It imports numpy, onnxruntime and ``runtime_frames``, nothing else of the package.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Union
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Buffers = list[Union[bytes, memoryview]]
-
-# NumPy's name of a type, ml_dtypes' where NumPy has none: the number ONNX gives it (TensorProto.DataType).
-ELEMENT_TYPES = {
-    "float32": 1,
-    "uint8": 2,
-    "int8": 3,
-    "uint16": 4,
-    "int16": 5,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "float64": 11,
-    "uint32": 12,
-    "uint64": 13,
-    "complex64": 14,
-    "complex128": 15,
-    "bfloat16": 16,
-    "float8_e4m3fn": 17,
-    "float8_e4m3fnuz": 18,
-    "float8_e5m2": 19,
-    "float8_e5m2fnuz": 20,
-    "uint4": 21,
-    "int4": 22,
-    "float4_e2m1fn": 23,
-    "float8_e8m0fnu": 24,
-    "uint2": 25,
-    "int2": 26,
-}
-ELEMENT_NAMES = {number: name for name, number in ELEMENT_TYPES.items()}
-ELEMENT_BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # those that are packed
-LAST_NUMPY_TYPE = 15
+from onnxcompress.runtime_frames import ELEMENT_NAMES, LAST_NUMPY_TYPE, Buffers, decode, encode, receive, send
 
 # How onnxruntime names the tensor types that its numpy interface converts; float8e4m3fn would come back as uint8.
 NUMPY_TYPES = frozenset(
     f"tensor({name})"
-    for name in "float uint8 int8 uint16 int16 int32 int64 string bool float16 double uint32 uint64".split()
+    for name in (
+        *("float", "double", "float16", "string", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    )
 )
 
 
 def is_foreign(type_name: str) -> bool:
     """Whether onnxruntime's numpy interface cannot hand out a value of this type, as it names it."""
     return type_name.startswith("tensor(") and type_name not in NUMPY_TYPES
-
-
-def send(stream: BinaryIO, header: Mapping[str, Any], buffers: Sequence[bytes | memoryview] = ()) -> None:
-    """Write one frame."""
-    text = json.dumps({**header, "sizes": [len(buffer) for buffer in buffers]}).encode()
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for buffer in buffers:
-        stream.write(buffer)
-    stream.flush()
-
-
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[bytes]]:
-    """Read one frame.
-
-    Raises:
-        EOFError: The other side is gone.
-    """
-    header = json.loads(_read(stream, int.from_bytes(_read(stream, 8), "little")))
-    return header, [_read(stream, size) for size in header.pop("sizes")]
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError(f"the pipe ended after {len(data)} of {size} bytes")
-    return data
-
-
-def encode(value: Any, buffers: Buffers) -> Any:
-    """Describe a value for a header and append its bytes to ``buffers``.
-
-    Raises:
-        TypeError: The value, or something in it, has no ONNX type.
-    """
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _encode_array(np.asarray(value), buffers)
-    if isinstance(value, Mapping):
-        return {"map": [[_encode_scalar(key), _encode_scalar(item)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {"sequence": [encode(item, buffers) for item in value]}
-    if value is None:
-        return None
-    if hasattr(value, "data_ptr"):  # an OrtValue with a tensor
-        size = value.tensor_size_in_bytes()
-        buffers.append(ctypes.string_at(value.data_ptr(), size) if size else b"")
-        return {"type": value.element_type(), "shape": list(value.shape())}
-    raise TypeError(f"a {type(value).__name__} is no ONNX value: pass an array, a list, a dict or None")
-
-
-def _encode_scalar(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _encode_array(array: Array, buffers: Buffers) -> dict[str, Any]:
-    shape = list(array.shape)
-    if array.dtype.kind in "OUS":
-        return {"strings": [_text(item) for item in array.reshape(-1).tolist()], "shape": shape}
-    number = ELEMENT_TYPES.get(array.dtype.name)
-    if number is None:
-        raise TypeError(f"an array of {array.dtype.name} has no ONNX type")
-    if not array.dtype.isnative:  # onnxruntime reads the memory as it lies
-        array = array.astype(array.dtype.newbyteorder("="))
-    flat = array.reshape(-1).view(np.uint8)
-    buffers.append(pack(flat, ELEMENT_BITS[number]) if number in ELEMENT_BITS else memoryview(flat))
-    return {"type": number, "shape": shape}
-
-
-def _text(item: Any) -> str:
-    if isinstance(item, bytes):
-        return item.decode()
-    if isinstance(item, str):
-        return item
-    raise TypeError(f"an array of objects holds strings here, not {type(item).__name__}")
-
-
-def pack(elements: Array, bits: int) -> bytes:
-    """Pack elements (n,) uint8, each in the low ``bits`` of its byte, low bits first; the last byte is padded with 0."""
-    each = 8 // bits
-    padded = np.zeros(-(-elements.size // each) * each, np.uint8)
-    padded[: elements.size] = elements & (2**bits - 1)
-    shifts = np.arange(each, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(padded.reshape(-1, each) << shifts, axis=1).astype(np.uint8).tobytes()
-
-
-def unpack(data: bytes, bits: int, count: int) -> Array:
-    """Undo ``pack``: (count,) uint8."""
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
-    spread = np.frombuffer(data, np.uint8)[:, np.newaxis] >> shifts & (2**bits - 1)
-    return spread.reshape(-1)[:count].astype(np.uint8)
-
-
-def decode(node: Any, buffers: list[bytes], tensor: Callable[[int, list[int], bytes], Any]) -> Any:
-    """Undo ``encode``; ``tensor`` makes one from the number of its type, its shape and its bytes.
-
-    Buffers are taken from the front of ``buffers``.
-    """
-    if not isinstance(node, dict):
-        return node
-    if "sequence" in node:
-        return [decode(item, buffers, tensor) for item in node["sequence"]]
-    if "map" in node:
-        return dict(node["map"])
-    if "strings" in node:
-        strings = np.empty(len(node["strings"]), object)
-        strings[:] = node["strings"]
-        return strings.reshape(node["shape"])
-    return tensor(node["type"], node["shape"], buffers.pop(0))
 
 
 class Refusal(Exception):
@@ -256,9 +110,7 @@ class Worker:
             for side, values in (("inputs", opened.session.get_inputs()), ("outputs", opened.session.get_outputs()))
         }
 
-    def run(
-        self, buffers: list[bytes], out: Buffers, slot: int, feed: Any, names: Any, reply: bool
-    ) -> dict[str, Any]:
+    def run(self, buffers: list[bytes], out: Buffers, slot: int, feed: Any, names: Any, reply: bool) -> dict[str, Any]:
         """Run the model in a slot, on a new feed or on the last one (null)."""
         if feed is not None:
             self._feed = self._decode_feed(feed, buffers)
@@ -318,7 +170,6 @@ class Worker:
         ort = self._ort
         try:
             settings = ort.SessionOptions()
-            settings.log_severity_level = 4
             settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, options["level"])
             settings.intra_op_num_threads = options["threads"]
             settings.inter_op_num_threads = 1
@@ -414,7 +265,7 @@ def main() -> None:
 
     import onnxruntime as ort
 
-    ort.set_default_logger_severity(4)
+    ort.set_default_logger_severity(4)  # a warning would be taken for the last words of a crash
     worker = Worker(ort)
     send(sink, {"onnxruntime": ort.__version__})
     while True:
