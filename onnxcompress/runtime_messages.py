@@ -11,18 +11,14 @@ from typing import IO
 def informative_line(text: str) -> str:
     """What onnxruntime's message says, on one line: no error codes, source files and C++ signatures."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
-    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    line = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
     line = re.sub(r"^Load model from .*? failed:\s*", "", line)
     line = re.sub(r"^This is an invalid model\. (?:Error: )?", "", line)
     line = re.sub(r"^(?:Exception during \w+: |Fatal error: )", "", line)
-    node = re.match(r'In Node, \("(.*?)", (\w+), ".*?", -?\d+\) : .* , Error (.*)$', line)
-    if node:
-        line = f"node {node[1]!r} ({node[2]}): {node[3]}"
-    node = re.match(
-        r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: (.*)$", line
-    )
-    if node:
-        line = f"node {node[2]!r} ({node[1]}): {node[3]}"
+    line = re.sub(r'^In Node, \("(.*?)", (\w+), ".*?", -?\d+\) : .* , Error ', r"node '\1' (\2): ", line)
+    # Once per level, where the node is in a subgraph.
+    running = r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+    line = re.sub(running, r"node '\2' (\1): ", line)
     return _without_locations(line).strip()
 
 

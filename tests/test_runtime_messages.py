@@ -63,6 +63,12 @@ PATH = "/onnxruntime_src/onnxruntime/core"
             "External data path validation failed for initializer: w. Error: External data path does not exist: "
             '"/tmp/no.bin"',
         ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running If node. Name:'If_0' Status "
+            "Message: Non-zero status code returned while running Pad node. Name:'else/Pad' Status Message: "
+            "[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Pad reflect requires more",
+            "node 'If_0' (If): node 'else/Pad' (Pad): Pad reflect requires more",
+        ),
         ("Required inputs (['x']) are missing.\nmore", "Required inputs (['x']) are missing."),
         ("\n \n", "no reason given"),
     ],
