@@ -13,7 +13,7 @@ import logging
 import onnx
 from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
 
-from onnxcompress.graph import STANDARD_DOMAINS, Graph, Tensor
+from onnxcompress.graph import STANDARD_DOMAINS, Graph, Tensor, Variable
 from onnxcompress.model_io import element_dtype, to_proto
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _without_shape(value: ValueInfoProto) -> ValueInfoProto:
 def _read_inputs(graph: Graph, proto: GraphProto) -> None:
     declared = {value.name: value for value in proto.input}
     for tensor in graph.inputs:
-        if tensor.name in declared:
+        if tensor.name in declared and isinstance(tensor, Variable):  # up to IR 3 initializers are inputs as well
             _apply(tensor, declared[tensor.name])
     for inner in graph.walk():
         if inner is not graph:
