@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.graph import Graph, Node, constant_value, is_op, optional_input
-from onnxcompress.linear import batchnorm_affine
+from onnxcompress.channel_affine import ChannelAffine, read_batchnorm, why_not_copy, why_not_scale
+from onnxcompress.graph import Graph, Node, constant_value, is_constant, is_op, optional_input
+from onnxcompress.linear import ConvOp, ConvTransposeOp, scale_output, scale_transpose_output
 from onnxcompress.linear_nodes import FLOATS
 from onnxcompress.rewrite import Miss, RewritePass
 
@@ -22,9 +23,9 @@ from onnxcompress.rewrite import Miss, RewritePass
 @dataclass(frozen=True)
 class Site:
     conv: Node
-    batchnorm: Node
-    weight: np.ndarray
-    bias: np.ndarray
+    affine: ChannelAffine
+    weight: np.ndarray | None  # None where it stays as it is
+    bias: np.ndarray | None
 
 
 class FuseBatchNormIntoConv(RewritePass[Site]):
@@ -35,54 +36,82 @@ class FuseBatchNormIntoConv(RewritePass[Site]):
         conv = graph.producer(node.inputs[0])
         if conv is None or not is_op(conv, "Conv", "ConvTranspose"):
             return None
-        reason = why_not_inference(graph, node)
-        if reason is not None:
-            return Miss(node.name, reason)
         if not graph.feeds_only(conv.outputs[0], node):
             return Miss(node.name, f"the {conv.op} output is read elsewhere")
-        weight = constant_value(conv.inputs[1])
-        bias_tensor = optional_input(conv, 2)
-        bias = constant_value(bias_tensor)
-        statistics = [constant_value(tensor) for tensor in node.inputs[1:5]]
-        if weight is None or (bias_tensor is not None and bias is None) or any(s is None for s in statistics):
-            return Miss(node.name, "a weight or a statistic is not a constant")
-        if weight.dtype.name not in FLOATS:
-            return Miss(node.name, f"the weight is {weight.dtype.name}")
-        s, t = batchnorm_affine(*statistics, epsilon=float(node.attrs.get("epsilon", 1e-5)))
-        if not (np.isfinite(s).all() and np.isfinite(t).all()):
-            return Miss(node.name, "a folded statistic is not finite")
-        start = np.zeros_like(s) if bias is None else bias.astype(np.float64)
-        return Site(conv, node, scaled_weight(conv, weight, s), (start * s + t).astype(weight.dtype))
+        affine = read_batchnorm(graph, node)
+        if isinstance(affine, str):
+            return Miss(node.name, affine)
+        site = fold_into_conv(conv, affine, self.settings.max_constant_bytes)
+        return Miss(node.name, site) if isinstance(site, str) else site
 
     def rewrite(self, graph: Graph, site: Site) -> None:
-        conv, label = site.conv, site.conv.name or "conv"
-        weight = graph.new_constant(f"{label}.weight", site.weight)
-        bias = graph.new_constant(f"{label}.bias", site.bias)
-        output = site.batchnorm.outputs[0]
-        graph.remove(site.batchnorm)
-        conv.inputs = [conv.inputs[0], weight, bias]
-        conv.outputs = [output]
-        graph.touch(conv)
+        replace_conv_numbers(graph, site)
 
 
-def why_not_inference(graph: Graph, node: Node) -> str | None:
-    """The reason why a BatchNormalization is not a fixed affine map per channel, or None when it is."""
-    if node.attrs.get("training_mode", 0) or (graph.opset < 7 and not node.attrs.get("is_test", 0)):
-        return "BatchNormalization is in training mode"
-    if graph.opset < 9 and not node.attrs.get("spatial", 1):
-        return "BatchNormalization normalizes each position on its own (spatial=0)"
-    if any(tensor.outputs or graph.is_output(tensor) for tensor in node.outputs[1:]):
-        return "running statistics of BatchNormalization are read"
-    return None
+def fold_into_conv(conv: Node, affine: ChannelAffine, limit_bytes: int) -> Site | str:
+    """The numbers of ``conv`` followed by ``affine``, or the reason why there are none.
 
-
-def scaled_weight(conv: Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The weight of a Conv or ConvTranspose with output channel o multiplied by scale[o]."""
-    if conv.op == "Conv":
-        shape = (-1,) + (1,) * (weight.ndim - 1)
-        return (weight.astype(np.float64) * scale.reshape(shape)).astype(weight.dtype)
-    # ConvTranspose: (I, O/group, *k), and output channel g * O/group + j stands at [rows of group g, j].
+    Args:
+        conv: A Conv or ConvTranspose; its geometry does not matter.
+        affine: What follows it, one scale and shift per output channel.
+        limit_bytes: Largest copy that may be made of a weight that others read as well.
+    """
+    channels = conv_channels(conv)
+    if isinstance(channels, str):
+        return channels
+    if len(affine.scale) != channels:
+        return f"the {conv.op} has {channels} channels, what follows it {len(affine.scale)}"
+    scales = bool((affine.scale != 1).any())
+    reason = why_not_copy(conv.inputs[1], [conv], limit_bytes) if scales else None
+    if reason is not None:
+        return reason
+    weight, bias = constant_value(conv.inputs[1]), constant_value(optional_input(conv, 2))
+    assert weight is not None
     group = int(conv.attrs.get("group", 1))
-    rows = weight.shape[0] // group
-    per_row = np.repeat(scale.reshape(group, -1), rows, axis=0)
-    return (weight.astype(np.float64) * per_row.reshape(*per_row.shape, *[1] * (weight.ndim - 2))).astype(weight.dtype)
+    shift = affine.shift if bias is not None or affine.shift.any() else None
+    try:
+        reason = why_not_scale(_peaks(conv.op, weight, group), affine.scale, weight.dtype)
+        if reason is not None:
+            return reason
+        made: ConvOp | ConvTransposeOp
+        if conv.op == "Conv":
+            ones, zeros = (1,) * (weight.ndim - 2), (0,) * (weight.ndim - 2)
+            made = scale_output(ConvOp(weight, bias, ones, ones, zeros, zeros, group), affine.scale, shift)
+        else:
+            made = scale_transpose_output(ConvTransposeOp(weight, bias, group), affine.scale, shift)
+    except (OverflowError, ValueError) as error:
+        return str(error)
+    return Site(conv, affine, made.weight if scales else None, made.bias)
+
+
+def conv_channels(conv: Node) -> int | str:
+    """Output channels of a Conv or ConvTranspose whose numbers are constants, or the reason why they are not known."""
+    weight, bias = conv.inputs[1], optional_input(conv, 2)
+    if not is_constant(weight):
+        return "the weight is not a constant"
+    if bias is not None and not is_constant(bias):
+        return "the bias is not a constant"
+    if np.dtype(weight.dtype).name not in FLOATS:
+        return f"the weight is {np.dtype(weight.dtype).name}, not floating point"
+    return int(weight.shape[0] if conv.op == "Conv" else weight.shape[1] * conv.attrs.get("group", 1))
+
+
+def _peaks(op: str, weight: np.ndarray, group: int) -> np.ndarray:
+    """Largest magnitude of the weights of each output channel."""
+    if op == "ConvTranspose":  # (I, O/group, *k)
+        blocks = np.abs(weight).reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+        return np.asarray(blocks.max(axis=(1, 3), initial=0).reshape(-1))
+    return np.asarray(np.abs(weight).reshape(weight.shape[0], -1).max(axis=1, initial=0))
+
+
+def replace_conv_numbers(graph: Graph, site: Site) -> None:
+    """Give the Conv its new initializers and let it make what the folded nodes made."""
+    conv, label = site.conv, site.conv.name or "conv"
+    weight = conv.inputs[1] if site.weight is None else graph.new_constant(f"{label}.weight", site.weight)
+    inputs = [conv.inputs[0], weight]
+    if site.bias is not None:
+        inputs.append(graph.new_constant(f"{label}.bias", site.bias))
+    graph.remove(*site.affine.nodes)
+    conv.inputs = inputs
+    conv.outputs = [site.affine.output]
+    graph.touch(conv)
