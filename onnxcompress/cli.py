@@ -244,9 +244,9 @@ def _skipped_by(level: int) -> list[str]:
 def _embedded(
     output: Path | None, data: str | None, metric: str | None
 ) -> tuple[tuple[Path, ...], Path, str | None, str | None]:
-    from onnxcompress.models import model_path
+    from onnxcompress import models
 
-    path = model_path("digits")
+    path = models.path("digits")
     print("no model given: optimizing the embedded digits network", file=sys.stderr)
     return (path,), output or Path("digits.optimized.onnx"), data or "sklearn:digits", metric or "top1"
 

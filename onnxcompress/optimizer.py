@@ -19,7 +19,9 @@ from typing import Any
 import onnx
 
 from onnxcompress import pipeline
+from onnxcompress.comparison import Comparison
 from onnxcompress.cost import Measured
+from onnxcompress.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
 from onnxcompress.errors import EquivalenceError, ModelError, OutputError, PassError, RuntimeFailure
 from onnxcompress.graph import Graph
 from onnxcompress.interface import set_input_shapes
@@ -30,11 +32,11 @@ from onnxcompress.rewrite import Settings
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes, skeleton
-from onnxcompress.validate import DEFAULT_TOLERANCE, Comparison, compare, for_runtime, interface_differences
 
 logger = logging.getLogger(__name__)
 
 GROWTH_LIMIT = 1.01  # times the original's bytes
+CHECK_SAMPLES = 4  # of the user's data
 SLOWER_LIMIT = 0.97  # a ratio original / result below this, interval included, is slower
 Progress = Callable[[str], None]
 
@@ -191,7 +193,7 @@ class _Job:
         if output is not None:
             check_target(output)
         self.reshaped = set_input_shapes(self.proto, options.input_shapes, options.batch)
-        self.reference: bytes | Path | None = None
+        self.reference: Reference | None = None
         self.settings = Settings(
             max_constant_bytes=options.max_constant_bytes,
             allow_approximate=options.allow_approximate,
@@ -206,10 +208,10 @@ class _Job:
         before = figures(graph, original_bytes, download_bytes=None if self.path is None else gzip_bytes(self.path))
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-")))
-            self.reference = self._reference(work)
-            feeds = self._feeds() if self.options.check or self.options.verify_each or self._times else []
+            if self.options.check or self.options.verify_each or self.options.measure_latency:
+                self.reference = self._reference()
             while True:
-                graph, passes = self._passes(feeds, work)
+                graph, passes = self._passes(work)
                 staged = stack.enter_context(StagedFile(graph, self.output or work / "result.onnx"))
                 grown = staged.size_bytes > original_bytes * GROWTH_LIMIT
                 if grown and _clear_stamps(graph):
@@ -224,14 +226,14 @@ class _Job:
                 comparison = None
                 if self.options.check:
                     self.progress("checking")
-                    comparison = self._check(graph, staged, feeds)
+                    comparison = self._check(graph, staged)
                     if not comparison.equivalent:
                         staged.discard()
-                        self._blame(feeds, work, comparison)
+                        self._blame(work, comparison)
                         continue
-                latency = None if unchanged else self._latency(staged, feeds)
+                latency = None if unchanged else self._latency(staged)
                 if latency is not None and latency.high < SLOWER_LIMIT:
-                    latency = self._latency(staged, feeds, budget_s=4 * self.options.latency_budget_s)
+                    latency = self._latency(staged, budget_s=4 * self.options.latency_budget_s)
                     if latency is not None and latency.high < SLOWER_LIMIT:
                         self._retreat(f"it would be slower: {latency.original_ms:.3f} -> {latency.result_ms:.3f} ms")
                         staged.discard()
@@ -243,42 +245,33 @@ class _Job:
     def _load(self) -> Graph:
         return load(self.proto, folder=self.folder)
 
-    @property
-    def _times(self) -> bool:
-        return self.options.measure_latency
-
-    def _reference(self, work: Path) -> bytes | Path:
-        """What onnxruntime is given as the original."""
+    def _reference(self) -> Reference:
+        """The original on inputs that it accepts."""
+        model: str | Path | onnx.ModelProto | bytes
         if self.path is not None:
-            return for_runtime(self.path)
-        if self.folder is None:
-            return for_runtime(self.proto)
-        raise ModelError("a model with external data must be given as a path")
-
-    def _feeds(self) -> list[dict[str, Any]]:
-        self.progress("finding inputs that the model accepts")
-        reference = self.reference
-        assert reference is not None
-        if self.options.data is not None:
-            from onnxcompress.validate import data_feeds
-
-            return data_feeds(self.options.data, self.proto, limit=4, seed=self.options.seed)
+            model = self.path
+        elif self.folder is None:
+            model = self.proto
         run_options = RunOptions(custom_ops=self.options.custom_ops)
+        self.progress("finding inputs that the model accepts")
+        if self.options.data is not None:
+            feeds = data_feeds(self.options.data, self.proto, limit=CHECK_SAMPLES, seed=self.options.seed)
+            return Reference(model, feeds, self.runtime, options=run_options)
+        source = for_runtime(model)
 
-        def run(feeds: Mapping[str, Any]) -> list[Any]:
-            return self.runtime.run(reference, [feeds], options=run_options)[0]
+        def run(feed: Mapping[str, Any]) -> list[Any]:
+            return run_model(self.runtime, source, [feed], run_options)[0]
 
-        shapes = {name: tuple(shape) for name, shape in self.options.input_shapes.items()}
-        return check_samples(self.proto, run, seed=self.options.seed, shapes=shapes, batch=self.options.batch)
+        shapes = {
+            name: [size if isinstance(size, int) and size >= 0 else None for size in shape]
+            for name, shape in self.options.input_shapes.items()
+        }
+        found = check_samples(self.proto, run, seed=self.options.seed, shapes=shapes, batch=self.options.batch)
+        outputs = [sample.outputs for sample in found.samples]
+        return Reference(model, found.feeds, self.runtime, options=run_options, outputs=outputs)
 
-    def _passes(self, feeds: list[dict[str, Any]], work: Path) -> tuple[Graph, PipelineResult]:
+    def _passes(self, work: Path) -> tuple[Graph, PipelineResult]:
         graph = self._load()
-
-        def verify(name: str, current: Graph) -> None:
-            with StagedFile(current, work / "step.onnx") as staged:
-                comparison = self._compare(staged.path, feeds)
-            if not comparison.equivalent:
-                raise _Guilty(name, comparison)
 
         while True:
             try:
@@ -286,7 +279,7 @@ class _Job:
                     graph,
                     self.selected,
                     self.settings,
-                    after_pass=verify if self.options.verify_each else None,
+                    after_pass=self._verifier(work) if self.options.verify_each else None,
                     progress=lambda name, number: self.progress(f"round {number}: {name}"),
                 )
                 return graph, outcome
@@ -294,12 +287,21 @@ class _Job:
                 self._drop(guilty.name, guilty.comparison.message())
                 graph = self._load()
 
-    def _check(self, graph: Graph, staged: StagedFile, feeds: list[dict[str, Any]]) -> Comparison:
+    def _verifier(self, work: Path) -> Callable[[str, Graph], None]:
+        def verify(name: str, current: Graph) -> None:
+            with StagedFile(current, work / "step.onnx") as staged:
+                comparison = self._compare(staged.path)
+            if not comparison.equivalent:
+                raise _Guilty(name, comparison)
+
+        return verify
+
+    def _check(self, graph: Graph, staged: StagedFile) -> Comparison:
         changes = interface_differences(self.proto, skeleton(graph), initializers=False)
         if changes:
             raise PassError(f"the interface of {self.label} changed: {changes[0]}")
         self._check_structure(graph)
-        return self._compare(staged.path, feeds)
+        return self._compare(staged.path)
 
     def _check_structure(self, graph: Graph) -> None:
         """The ONNX checker on the result, unless the original did not pass it either."""
@@ -313,32 +315,21 @@ class _Job:
                 return
             raise PassError(f"the result of {self.label} does not pass the ONNX checker: {_first_line(error)}") from error
 
-    def _compare(self, candidate: Path, feeds: list[dict[str, Any]]) -> Comparison:
+    def _compare(self, candidate: Path) -> Comparison:
         assert self.reference is not None
         options = RunOptions(custom_ops=self.options.custom_ops)
-        return compare(
-            self.reference,
-            for_runtime(candidate),
-            feeds,
-            self.runtime,
-            tolerance=self.options.tolerance,
-            options_reference=options,
-            options_candidate=options,
-        )
+        return self.reference.compare(candidate, tolerance=self.options.tolerance, options=options)
 
-    def _latency(
-        self, staged: StagedFile, feeds: list[dict[str, Any]], budget_s: float | None = None
-    ) -> LatencyFigures | None:
-        if not self._times or not feeds:
+    def _latency(self, staged: StagedFile, budget_s: float | None = None) -> LatencyFigures | None:
+        if not self.options.measure_latency or self.reference is None:
             return None
-        assert self.reference is not None
         self.progress("timing")
         try:
             return compare_latency(
                 self.runtime,
-                self.reference,
+                for_runtime(self.reference.model),
                 for_runtime(staged.path),
-                feeds[0],
+                self.reference.feeds[0],
                 threads=self.options.threads,
                 custom_ops=self.options.custom_ops,
                 budget_s=budget_s or self.options.latency_budget_s,
@@ -363,32 +354,21 @@ class _Job:
         self.dropped.append(Dropped("merges" if merges else "all passes", reason))
         self.selected = self.selected - merges if merges else set()
 
-    def _blame(self, feeds: list[dict[str, Any]], work: Path, comparison: Comparison) -> None:
+    def _blame(self, work: Path, comparison: Comparison) -> None:
         """Find the pass that broke the model by checking after each, and leave it out.
 
         Raises:
             EquivalenceError: No single pass can be blamed, and nothing is left to leave out.
         """
         self.progress("the result differs; looking for the pass that did it")
-        graph = self._load()
-        guilty: list[_Guilty] = []
-
-        def verify(name: str, current: Graph) -> None:
-            with StagedFile(current, work / "step.onnx") as staged:
-                found = self._compare(staged.path, feeds)
-            if not found.equivalent:
-                raise _Guilty(name, found)
-
         try:
-            pipeline.run(graph, self.selected, self.settings, after_pass=verify)
-        except _Guilty as found:
-            guilty.append(found)
-        if guilty:
-            self._drop(guilty[0].name, guilty[0].comparison.message())
-        elif self.selected:
-            self._retreat(comparison.message())
-        else:
+            pipeline.run(self._load(), self.selected, self.settings, after_pass=self._verifier(work))
+        except _Guilty as guilty:
+            self._drop(guilty.name, guilty.comparison.message())
+            return
+        if not self.selected:
             raise EquivalenceError(comparison.message())
+        self._retreat(comparison.message())
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
