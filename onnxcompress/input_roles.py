@@ -1,8 +1,8 @@
 """What the values of a model's inputs must satisfy, learned from the nodes that read them.
 
-An int64 input may be a token, a shape or a trip count; the type does not tell. So every input is followed forward through
-the nodes that keep its values (Cast, Reshape, Slice, Add of a constant, into subgraphs and local functions) up to the
-nodes that restrict them, such as Gather, Reshape and Loop.
+An int64 input may be a token, a shape or a trip count; the type does not tell. So every input is followed forward
+through the nodes that keep its values (Cast, Reshape, Slice, Add of a constant, into subgraphs and local functions) up
+to the nodes that restrict them, such as Gather, Reshape and Loop.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ _TABLE_OF = {
     "com.microsoft.RotaryEmbedding.1": 2,
 }
 _POSITIONS = {"GatherND.1", "ScatterND.1"}
-# The axis of input 0 that a length may fill.
-_LENGTH_OF: dict[str, str | int] = {
-    **_each("LSTM.4 GRU.4 RNN.4", 0),
-    "ReverseSequence.1": "time_axis",
-    "TopK.1": "axis",
+# The input and the axis of it that a length may fill.
+_LENGTH_OF: dict[str, tuple[int, str | int]] = {
+    **_each("LSTM.4 GRU.4 RNN.4", (0, 0)),
+    "ReverseSequence.1": (0, "time_axis"),
+    "TopK.1": (0, "axis"),
+    "Attention.6": (1, -2),  # nonpad_kv_seqlen
 }
 _KINDS = {
     use: kind
@@ -67,7 +68,7 @@ _KINDS = {
         "target-shape": "Reshape.1",
         "broadcast-shape": "Expand.1",
         "repeats": "Tile.1",
-        "split": "Split.1",
+        "split": "Split.1 SplitToSequence.1",
         "starts": "Slice.1",
         "ends": "Slice.2",
         "axes": "Slice.3 Pad.3 Unsqueeze.1 Squeeze.1",
@@ -93,7 +94,7 @@ _VECTORS = _each("target-shape broadcast-shape repeats split starts ends axes st
 
 @dataclass(frozen=True)
 class Bound:
-    """An index: 0 <= scale * x + low and scale * x + high < limit; a limit is a size, a dimension's name, or unknown."""
+    """An index: 0 <= scale * x + low, scale * x + high < limit. The limit is a size, a dimension's name, or unknown."""
 
     limit: Dim
     scale: int = 1
@@ -115,7 +116,7 @@ class Role:
         bounds: The indices that are made of this input.
         lengths: Dimensions that the value may fill, at least 1.
         specials: Numbers that it is compared with.
-        data: Shape of the tensor that a shape-like input works on, and of what comes out.
+        data: Shape of the tensor that a shape-like input works on; ``result`` of what comes out, ``axis`` the node's.
         opaque: A node of an unknown domain reads it, so its meaning is a guess.
     """
 
@@ -125,6 +126,7 @@ class Role:
     specials: list[float] = field(default_factory=list)
     data: Dims | None = None
     result: Dims | None = None
+    axis: int = 0
     opaque: bool = False
 
     def interval(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
@@ -212,7 +214,8 @@ class _Tracer:
             self._bounded(int(depth.reshape(-1)[0]) if depth is not None and depth.size else None, flow)
         elif key in _LENGTH_OF:
             self.role.kind = "length"
-            self.role.lengths.append(_axis_dim(scope, node, _LENGTH_OF[key], -1 if node.op_type == "TopK" else 0))
+            source, axis = _LENGTH_OF[key]
+            self.role.lengths.append(_axis_dim(scope, node, axis, -1 if node.op_type == "TopK" else 0, source))
         elif key in _KINDS or (index == 1 and node.op_type.startswith("Reduce")):
             self._named(_KINDS.get(key, "axes"), scope, node, flow)
         else:
@@ -228,6 +231,7 @@ class _Tracer:
         if kind in _VECTORS and not flow.whole:
             kind = "count"  # an element of a shape that is put together from several values
         self.role.kind = kind
+        self.role.axis = attribute(node, "axis", 0)
         self.role.data = scope.dims(node.input[0]) if node.input else None
         self.role.result = scope.dims(node.output[0]) if node.output else None
 
@@ -264,8 +268,8 @@ def _arithmetic(op: str, index: int, other: np.ndarray, flow: _Flow) -> _Flow | 
     return flow.shifted(int(np.floor(first)), int(np.ceil(last)))
 
 
-def _axis_dim(scope: Scope, node: NodeProto, axis: str | int, default: int = 0) -> Dim:
-    dims = scope.dims(node.input[0])
+def _axis_dim(scope: Scope, node: NodeProto, axis: str | int, default: int = 0, source: int = 0) -> Dim:
+    dims = scope.dims(node.input[source])
     number = attribute(node, axis, default) if isinstance(axis, str) else axis
     return dims[number] if dims is not None and -len(dims) <= number < len(dims) else None
 
