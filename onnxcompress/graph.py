@@ -42,6 +42,11 @@ class Variable(gs.Variable):
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
+    @staticmethod
+    def empty() -> Variable:
+        """A new tensor without a name, for an input or output that is left out."""
+        return Variable("")
+
 
 class Constant(gs.Constant):
     """A tensor known now. Its array is read-only: another node may share it, so a pass makes a new Constant."""
