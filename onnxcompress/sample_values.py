@@ -143,9 +143,12 @@ def _cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def _floats(case: _Case) -> np.ndarray:
-    """Normal values, half of them rounded to multiples of 0.5, so that there are ties and zeros."""
+    """Normal values, half of them rounded to multiples of 0.5, so that there are ties and zeros.
+
+    Every other sample leans to the negative side, where the maximum of a small window is below 0 now and then.
+    """
     rng, variant = case.rng, case.request.variant
-    values = rng.standard_normal(case.shape)
+    values = rng.standard_normal(case.shape) - 0.5 * (case.request.sample % 2)
     if variant == "unit":
         return rng.random(case.shape)
     values = np.where(rng.random(case.shape) < 0.5, np.round(values * 2) / 2, values) + 0.0  # + 0.0: no -0.0
@@ -168,13 +171,20 @@ def _sprinkle(case: _Case, flat: np.ndarray) -> None:
         flat[places] = case.rng.choice(specials, places.size)
 
 
+def _special(case: _Case) -> float:
+    """One of the numbers that the model compares with, or one that is none of them: by sample."""
+    specials = list(dict.fromkeys(case.role.specials))
+    choices = [*specials, max(specials) + 1]
+    return choices[case.request.sample % len(choices)]
+
+
 def _integers(case: _Case) -> np.ndarray:
     """Whole numbers without a restriction: all of an 8-bit type, a few signed ones of a wider type."""
     low, high = _limits(case.dtype)
     if high - low < 256 and case.request.attempt % 4 == 0:
         return case.rng.integers(low, high + 1, case.shape)
     if case.count == 1 and case.role.specials:
-        return np.full(case.shape, case.role.specials[case.request.sample % len(case.role.specials)])
+        return np.full(case.shape, _special(case))
     plain = has_word(case.name, _IDS) or case.role.opaque
     bottom, top = ((0, 9) if plain else (-4, 5), (0, 4), (0, 1), (1, 1))[case.request.attempt % 4]
     values = case.rng.integers(max(bottom, low), top + 1, case.shape)
@@ -253,7 +263,7 @@ def _indices(case: _Case) -> np.ndarray:
     if values.size >= 2:
         values.reshape(-1)[case.rng.choice(values.size, 2, replace=False)] = (high, low)  # both ends occur
     elif case.role.specials:
-        values[...] = np.clip(case.role.specials[case.request.sample % len(case.role.specials)], low, high)
+        values[...] = np.clip(_special(case), low, high)
     return values
 
 
