@@ -214,6 +214,7 @@ def optimize(
         "input_shapes": dict(input_shapes),
         "max_constant_bytes": int(max_constant_mb * (1 << 20)),
         "measure_latency": latency,
+        "measure_download": report is not None or as_json,
     }
     done: list[dict[str, Any]] = []
     worst = 0
@@ -377,7 +378,7 @@ def _print_table(report: dict[str, Any]) -> None:
 
     from onnxcompress import report as reports
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=_width())
     title = f"{report['input']} -> {report['output']}" if report["output"] else report["input"]
     table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for name, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
@@ -385,7 +386,7 @@ def _print_table(report: dict[str, Any]) -> None:
     for row in reports.rows(report):
         table.add_row(*map(escape, row))
     console.print(table)
-    merges = [(one, done) for one in report["passes"] for done in one["done"] if done["detail"]]
+    merges = [(one, done) for one in report["passes"] if one["is_merge"] for done in one["done"]]
     for one, done in merges[:8]:
         console.print(escape(f"{one['name']}: {done['detail']}"))
     if len(merges) > 8:
@@ -395,6 +396,181 @@ def _print_table(report: dict[str, Any]) -> None:
     if report["unchanged"]:
         console.print("nothing to improve: the output is equivalent to the input")
     console.print(escape(f"{reports.proof_line(report)}; {report['seconds']:.1f} s"))
+
+
+# -- validate --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("reference", metavar="A", type=click.Path(path_type=Path))
+@click.argument("candidate", metavar="B", type=click.Path(path_type=Path))
+@click.option("--data", metavar="D", help="Samples: .npz, folder of .npy or images, sklearn:digits, module:function.")
+@click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
+@click.option("--metric", metavar="M", help="top1, top5, mse, mae, psnr, cosine, agreement, or module:function.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples.")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples at once.")
+@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y|, or largest drop of the metric.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs and of the choice of samples.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def validate(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> int:
+    """Compare model B with model A: interface, outputs, and a metric on labelled data.
+
+    Exits with 1 when B differs by more than the tolerance.
+    """
+    from onnxcompress.validate import validate as run
+
+    found = run(reference, candidate, **wishes)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        for line in found.interface:
+            click.echo(f"interface: {line}")
+        for line in found.inputs:
+            click.echo(line)
+        rows = [(d.name, *_difference_cells(d)) for d in found.comparison.outputs]
+        _print_rows(("output", "max|d|", "max|d|/max|y|", "cosine", "agreement", "allowed", ""), rows)
+        _print_rows(
+            ("metric", "A", "B", "change"),
+            [(name, f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}") for name, (a, b) in found.quality.items()],
+        )
+        click.echo(found.message())
+    return 0 if found.within_tolerance and not found.interface else EXIT_NOT_EQUIVALENT
+
+
+def _difference_cells(found: Any) -> tuple[str, ...]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return (
+        number(found.max_abs, ".2e"),
+        number(found.error, ".2e"),
+        number(found.cosine, ".6f"),
+        number(found.agreement, ".4f"),
+        number(found.allowed, ".0e"),
+        "ok" if found.equivalent else "differs",
+    )
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="Initializers to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(model: Path, top: int, as_json: bool) -> None:
+    """Show what is in a model: interface, operator sets, operators, weights, MACs."""
+    from onnxcompress import report as reports
+    from onnxcompress.inspection import inspect_model
+
+    found = inspect_model(model)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    opsets = ", ".join(f"{domain} {number}" for domain, number in found["opsets"].items())
+    click.echo(f"{model}: IR {found['ir_version']}, opset {opsets}, made by {found['producer'] or 'unknown'}")
+    for side in ("inputs", "outputs"):
+        for value in found[side]:
+            shape = "of any shape" if value["shape"] is None else str(value["shape"]).replace("'", "")
+            note = " (has a default)" if value["has_default"] else ""
+            click.echo(f"{side[:-1]:6} {value['name']}: {value['type']} {shape}{note}")
+    download = "" if found["download_bytes"] is None else f", {reports.bytes_text(found['download_bytes'])} after gzip"
+    assumed = "" if found["macs_exact"] else " (unknown sizes assumed)"
+    click.echo(f"size   {reports.bytes_text(found['size_bytes'])}{download}")
+    click.echo(f"       {found['parameters']:,} parameters, {found['macs']:,} MACs{assumed}")
+    for name in ("external_data", "functions"):
+        if found[name]:
+            click.echo(f"{name.replace('_', ' ')}: {', '.join(found[name])}")
+    operators = "  ".join(f"{op} {count}" for op, count in found["operators"].items())
+    click.echo(f"{found['nodes']} nodes and {found['constant_nodes']} constants, {found['subgraphs']} subgraphs: {operators}")
+    rows = [
+        (entry["name"], entry["type"], str(entry["shape"]), f"{entry['bytes']:,}", entry["read_by"])
+        for entry in found["initializers"][:top]
+    ]
+    _print_rows(("initializer", "type", "shape", "bytes", "read by"), rows)
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="A [B...]", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads within an operator; 0 is onnxruntime's choice.")
+@click.option("--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed runs of each model at most.")
+@click.option("--warmup", type=click.IntRange(min=1), default=3, show_default=True, help="Runs before the clock starts.")
+@click.option("--seconds", type=click.FloatRange(min=0.05), default=10.0, show_default=True, help="Time for all runs together.")
+@click.option("--optimization", type=click.Choice(["off", "basic", "extended", "all"]), default="all", show_default=True, help="onnxruntime's own optimizations.")
+@click.option("--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Sizes to time at: NAME:1,3,224,224.")
+@click.option("--data", metavar="D", help="Time on the first sample of this data instead of a seeded input.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the input.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def bench(models: tuple[Path, ...], as_json: bool, input_shapes: Any, **wishes: Any) -> None:
+    """Time models on onnxruntime, taking turns, and compare each with the first: latency, load time, peak memory."""
+    from onnxcompress import report as reports
+    from onnxcompress.bench import bench_models
+
+    found = bench_models(models, input_shapes=dict(input_shapes), **wishes)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    click.echo(f"{found['input']}; {found['threads'] or 'default'} threads, {found['models'][0]['runs']} runs in turns")
+    rows = []
+    for entry in found["models"]:
+        ratio = "" if entry["ratio"] is None else f"x{entry['ratio']:.3f} ({entry['ratio_low']:.3f}-{entry['ratio_high']:.3f})"
+        rows.append(
+            (
+                entry["path"],
+                f"{entry['p10_ms']:.3f}",
+                f"{entry['p50_ms']:.3f}",
+                f"{entry['p90_ms']:.3f}",
+                ratio,
+                f"{entry['load_ms']:.1f}",
+                reports.bytes_text(entry["peak_memory_bytes"]),
+            )
+        )
+    _print_rows(("model", "p10 ms", "p50 ms", "p90 ms", "speed-up (95 %)", "load ms", "peak memory"), rows)
+
+
+# -- view ------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="A [B]", type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; any free one by default.")
+@click.option("--browser/--no-browser", default=True, help="Open the page (default).")
+def view(models: tuple[Path, ...], port: int, browser: bool) -> None:
+    """Show a model in Netron, or two side by side. Nodes that a pass made have its name among their metadata."""
+    from onnxcompress.view import Viewer
+
+    if len(models) > 2:
+        raise RecipeError(f"{len(models)} models given, one or two can be shown")
+    with Viewer(models, port=port) as viewer:
+        click.echo(f"{viewer.url} (Ctrl-C ends)")
+        sys.stdout.flush()
+        if browser:
+            click.launch(viewer.url)
+        with contextlib.suppress(KeyboardInterrupt):
+            viewer.closed.wait()
+
+
+def _width() -> int | None:
+    """The terminal's width; wide where stdout is a file, so that nothing is cut."""
+    return None if sys.stdout.isatty() else 200
+
+
+def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False, width=_width()).print(table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import onnx
 
 from onnxcompress import pipeline
 from onnxcompress.comparison import Comparison
-from onnxcompress.cost import Measured
+from onnxcompress.cost import Measured, count
 from onnxcompress.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
 from onnxcompress.errors import EquivalenceError, ModelError, OutputError, PassError, RuntimeFailure
 from onnxcompress.graph import Graph
@@ -32,6 +32,8 @@ from onnxcompress.rewrite import Settings
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes, skeleton
+from onnxcompress.signature import interface_differences
+from onnxcompress.validate import data_feeds
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class OptimizeOptions:
         cost: ``estimate`` prices merges by MACs and bytes, ``measured`` times them on this machine.
         allow_approximate: Largest relative error at which approximate merges (class 4) are done; None forbids them.
         measure_latency: Time original and result, and refuse a slower result.
+        measure_download: Measure the sizes after gzip as well, at about a second per 20 MB.
         threads: Threads within an operator for timing, 0 for onnxruntime's choice.
         latency_budget_s: How long the timing may take.
         custom_ops: Shared library with custom operators, for the check.
@@ -77,6 +80,7 @@ class OptimizeOptions:
     cost: str = "estimate"
     allow_approximate: float | None = None
     measure_latency: bool = True
+    measure_download: bool = False
     threads: int = 0
     latency_budget_s: float = 0.6
     custom_ops: Path | None = None
@@ -205,7 +209,8 @@ class _Job:
         graph = self._load()
         infer_shapes(graph)
         original_bytes = size_on_disk(self.path, graph) if self.path is not None else self.proto.ByteSize()
-        before = figures(graph, original_bytes, download_bytes=None if self.path is None else gzip_bytes(self.path))
+        download_bytes = gzip_bytes(self.path) if self.options.measure_download and self.path is not None else None
+        before = figures(graph, original_bytes, download_bytes=download_bytes)
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-")))
             if self.options.check or self.options.verify_each or self.options.measure_latency:
@@ -267,8 +272,7 @@ class _Job:
             for name, shape in self.options.input_shapes.items()
         }
         found = check_samples(self.proto, run, seed=self.options.seed, shapes=shapes, batch=self.options.batch)
-        outputs = [sample.outputs for sample in found.samples]
-        return Reference(model, found.feeds, self.runtime, options=run_options, outputs=outputs)
+        return Reference(model, found, self.runtime, options=run_options, outputs=found.outputs)
 
     def _passes(self, work: Path) -> tuple[Graph, PipelineResult]:
         graph = self._load()
@@ -383,7 +387,9 @@ class _Job:
         unchanged: bool,
     ) -> Result:
         infer_shapes(graph)
-        after = figures(graph, staged.size_bytes, download_bytes=gzip_bytes(staged.path))
+        before = self._with_known_sizes(before, graph)
+        download_bytes = gzip_bytes(staged.path) if self.options.measure_download else None
+        after = figures(graph, staged.size_bytes, download_bytes=download_bytes)
         if self.output is not None:
             staged.commit()
         return Result(
@@ -399,6 +405,16 @@ class _Job:
             unchanged=unchanged,
             graph=graph,
         )
+
+
+    def _with_known_sizes(self, before: Figures, result: Graph) -> Figures:
+        """MACs of the original again, where the result shows sizes that its shape arithmetic hid."""
+        if before.macs_exact:
+            return before
+        original = self._load()
+        infer_shapes(original, known={t.name: t for node in result.nodes for t in node.outputs if t.shape is not None})
+        counted = count(original)
+        return replace(before, macs=counted.macs, macs_exact=counted.exact)
 
 
 class _Guilty(Exception):

@@ -60,7 +60,7 @@ class PipelineResult:
 
     def record(self, result: PassResult) -> None:
         """Add one run of a pass: rewrites pile up, refusals are those of the last run."""
-        known = self.results.setdefault(result.name, PassResult(result.name))
+        known = self.results.setdefault(result.name, PassResult(result.name, result.is_merge))
         known.done += result.done
         known.misses = list(result.misses)
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OutputError, RecipeError
 from onnxcompress.linear import Exactness
-from onnxcompress.optimizer import Result
+
+if TYPE_CHECKING:
+    from onnxcompress.optimizer import Result
 
 PACKAGES = ("onnxcompress", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy")
 MISSES_SHOWN = 200
@@ -53,6 +55,7 @@ def as_dict(result: Result) -> dict[str, Any]:
             {
                 "name": one.name,
                 "rewrites": one.rewrites,
+                "is_merge": one.is_merge,
                 "exactness": sorted({int(done.exactness) for done in one.done}),
                 "done": [{"node": d.node, "exactness": int(d.exactness), "detail": d.detail} for d in one.done],
                 "refused": [asdict(miss) for miss in one.misses[:MISSES_SHOWN]],
@@ -84,12 +87,21 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     table.append((f"MACs{mark}", f"{before['macs']:,}", f"{after['macs']:,}", change(before["macs"], after["macs"])))
     latency = report["latency"]
     if latency is not None:
-        speed = f"x{latency['ratio']:.2f} faster" if latency["ratio"] >= 1 else f"x{1 / latency['ratio']:.2f} slower"
-        interval = f"{speed} ({latency['low']:.2f}-{latency['high']:.2f})"
-        table.append(("latency", f"{latency['original_ms']:.3f} ms", f"{latency['result_ms']:.3f} ms", interval))
+        table.append(
+            ("latency", f"{latency['original_ms']:.3f} ms", f"{latency['result_ms']:.3f} ms", speed_text(latency))
+        )
     for name, (a, b) in (report.get("quality") or {}).items():
         table.append((name, f"{a:.4g}", f"{b:.4g}", f"{b - a:+.4g}"))
     return table
+
+
+def speed_text(latency: Mapping[str, Any]) -> str:
+    """The speed-up with its 95 % interval, in words that say no more than was measured."""
+    ratio, low, high = latency["ratio"], latency["low"], latency["high"]
+    interval = f"({low:.2f}-{high:.2f})"
+    if low <= 1 <= high:
+        return f"no difference measured {interval}"
+    return f"x{ratio:.2f} as fast {interval}"
 
 
 def _operator_rows(before: Mapping[str, int], after: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
@@ -143,7 +155,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         for one in report["passes"]:
             classes = ", ".join(EXACTNESS_TEXT[Exactness(number)] for number in one["exactness"])
             parts.append(f"| {one['name']} | {one['rewrites']} | {classes} | {one['refused_count']} |")
-        details = [(one["name"], d) for one in report["passes"] for d in one["done"] if d["detail"]]
+        details = [(one["name"], d) for one in report["passes"] if one["is_merge"] for d in one["done"]]
         if details:
             parts.append("\n## Merges\n")
             parts.extend(f"- {name} at `{d['node']}`: {d['detail']}" for name, d in details)

@@ -50,6 +50,7 @@ class PassResult:
     """What one pass did."""
 
     name: str
+    is_merge: bool = False
     done: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
 
@@ -117,7 +118,7 @@ class RewritePass(Generic[S]):
         Raises:
             PassError: The pass failed, or it still rewrites after ``MAX_SWEEPS`` sweeps.
         """
-        result = PassResult(self.name)
+        result = PassResult(self.name, self.is_merge)
         previous = graph.scope.pass_name
         graph.scope.pass_name = self.name
         try:

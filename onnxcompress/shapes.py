@@ -9,6 +9,7 @@ is none ("?", "None": some exporters give it to every axis) gets a name of its o
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import onnx
 from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
@@ -19,14 +20,23 @@ from onnxcompress.model_io import element_dtype, to_proto
 logger = logging.getLogger(__name__)
 
 
-def infer_shapes(graph: Graph) -> None:
+def infer_shapes(graph: Graph, *, known: Mapping[str, Tensor] | None = None) -> None:
     """Set ``dtype`` and ``shape`` of every Variable of the graph and its subgraphs.
 
     Symbolic dimensions are strings; within one call equal strings mean equal sizes. A model on which the inference
     fails keeps what it had: passes then find nothing known and leave it alone.
+
+    Args:
+        graph: Its Variables are set.
+        known: Tensors of the same name elsewhere, whose static sizes are believed.
     """
     skeleton = to_proto(graph, weights=False)
     _forget_declared(skeleton.graph)
+    for name, tensor in (known or {}).items():
+        shape = [dim if isinstance(dim, int) else None for dim in tensor.shape or []]
+        if tensor.dtype is not None and any(shape):
+            elem_type = onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+            skeleton.graph.value_info.append(onnx.helper.make_tensor_value_info(name, elem_type, shape))
     for value in skeleton.graph.input:
         _name_sizes(value)
     _read_inputs(graph, skeleton.graph)
