@@ -6,7 +6,7 @@ differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -195,6 +195,33 @@ def coarse_ulp(dtype: np.dtype[Any]) -> float:
     """The relative step of a float type with less than 32 bits; 0 for finer types."""
     finfo: Any = ml_dtypes.finfo  # without annotations
     return float(finfo(dtype).eps) if is_float(dtype) and dtype.itemsize < 4 else 0.0
+
+
+def weakness(outputs: Sequence[Any]) -> str | None:
+    """Why a comparison of these outputs would say little: nothing finite, or nothing that varies."""
+    arrays = [array for array in arrays_of(outputs) if array.dtype != object and array.dtype.kind != "c"]
+    if not arrays:
+        return None
+    if all(array.size == 0 for array in arrays):
+        return "every output is empty"
+    floats = [array.astype(np.float64) for array in arrays if array.dtype.kind in "fV"]
+    if floats and not any(np.isfinite(array).all() and array.size for array in floats):
+        return "no output is finite"
+    varied = [array for array in arrays if array.size > 1]
+    if varied and all((array == array.reshape(-1)[0]).all() for array in varied):
+        return "every output is constant"
+    return None
+
+
+def arrays_of(values: Any) -> Iterator[np.ndarray]:
+    """The tensors in a value, also of sequences and maps."""
+    if isinstance(values, np.ndarray):
+        yield values
+    elif isinstance(values, dict):
+        yield from arrays_of([np.array(list(values.values()))])
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from arrays_of(value)
 
 
 def perturbed(feed: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

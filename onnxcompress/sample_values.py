@@ -7,8 +7,6 @@ stay inside what the nodes that read them accept.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,8 @@ import onnx
 from onnx import TensorProto
 
 from onnxcompress.input_roles import Role
+from onnxcompress.sample_recipes import RECIPES, Case, Request
 from onnxcompress.sample_sizes import InputShape, has_word, words_of
-from onnxcompress.scopes import Dims
 
 VARIANTS = ("signed", "small", "positive", "unit", "large")  # of float values, in the order in which they are tried
 WORDS = ("alpha", "beta", "gamma delta", "Hello", "x1", "zero", "alpha", "2.5")
@@ -29,46 +27,6 @@ _LENGTHS = {"len", "lens", "length", "lengths", "seqlens"}
 _IDS = {"id", "ids", "token", "tokens", "labels", "label", "index", "indices", "idx"}
 _COUNTS = {"num", "k", "topk", "steps", "count", "max", "n", "times", "size"}
 _POSITIONS = {"position", "positions", "pos"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which values are wanted.
-
-    Attributes:
-        sample: 0 for the first sample; later ones differ where a value has alternatives.
-        attempt: How often values were already refused: shape-like inputs then take another form.
-        variant: One of ``VARIANTS``.
-        sizes: The size of every axis.
-        length: The longest sequence among the inputs.
-    """
-
-    seed: int
-    sample: int
-    attempt: int
-    variant: str
-    sizes: Mapping[str, int]
-    length: int
-
-
-@dataclass(frozen=True)
-class _Case:
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    role: Role
-    request: Request
-    rng: np.random.Generator
-
-    @property
-    def count(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    def dims(self, dims: Dims | None) -> list[int] | None:
-        """Dimensions with every name replaced by its size; -1 where that is unknown."""
-        if dims is None:
-            return None
-        return [d if isinstance(d, int) else self.request.sizes.get(d or "", -1) for d in dims]
 
 
 def make_value(shape: InputShape, sizes: tuple[int, ...], role: Role, request: Request) -> Any:
@@ -84,7 +42,7 @@ def make_value(shape: InputShape, sizes: tuple[int, ...], role: Role, request: R
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(shape.elem_type))
     if shape.elem_type == TensorProto.STRING:
         dtype = np.dtype(object)
-    case = _Case(shape.name, sizes, dtype, role, request, rng)
+    case = Case(shape.name, sizes, dtype, role, request, rng)
     for _ in wraps[1:]:
         raise TypeError(f"input {shape.name!r}: {' of '.join(shape.wraps)} has no tensors to make")
     count = 2 + request.sample % 2 if wraps else 1
@@ -109,7 +67,7 @@ def _map(kind: onnx.TypeProto, rng: np.random.Generator) -> dict[Any, Any]:
     return {key: value.astype(dtype).item() for key, value in zip(keys, values, strict=True)}
 
 
-def _array(case: _Case) -> np.ndarray:
+def _array(case: Case) -> np.ndarray:
     dtype = case.dtype
     if dtype == np.dtype(object):
         words = np.array(WORDS[: 3 + case.request.sample] + WORDS[3:], dtype=object)
@@ -142,7 +100,7 @@ def _cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     return np.clip(values, *_limits(dtype)).astype(dtype) if _is_integer(dtype) else values.astype(dtype)
 
 
-def _floats(case: _Case) -> np.ndarray:
+def _floats(case: Case) -> np.ndarray:
     """Normal values, half of them rounded to multiples of 0.5, so that there are ties and zeros.
 
     Every other sample leans to the negative side, where the maximum of a small window is below 0 now and then.
@@ -161,7 +119,7 @@ def _floats(case: _Case) -> np.ndarray:
     return np.abs(values) + 0.1 if variant == "positive" else values
 
 
-def _sprinkle(case: _Case, flat: np.ndarray) -> None:
+def _sprinkle(case: Case, flat: np.ndarray) -> None:
     """Put in some of the numbers that the model compares with: there, Less and LessOrEqual differ."""
     specials = case.role.specials
     if specials and flat.size:
@@ -171,14 +129,14 @@ def _sprinkle(case: _Case, flat: np.ndarray) -> None:
         flat[places] = case.rng.choice(specials, places.size)
 
 
-def _special(case: _Case) -> float:
+def _special(case: Case) -> float:
     """One of the numbers that the model compares with, or one that is none of them: by sample."""
     specials = list(dict.fromkeys(case.role.specials))
     choices = [*specials, max(specials) + 1]
     return choices[case.request.sample % len(choices)]
 
 
-def _integers(case: _Case) -> np.ndarray:
+def _integers(case: Case) -> np.ndarray:
     """Whole numbers without a restriction: all of an 8-bit type, a few signed ones of a wider type."""
     low, high = _limits(case.dtype)
     if high - low < 256 and case.request.attempt % 4 == 0:
@@ -192,7 +150,7 @@ def _integers(case: _Case) -> np.ndarray:
     return values
 
 
-def _flags(case: _Case) -> np.ndarray:
+def _flags(case: Case) -> np.ndarray:
     if case.role.kind == "inference":
         return np.zeros(case.shape)
     if case.count == 1:
@@ -202,7 +160,7 @@ def _flags(case: _Case) -> np.ndarray:
     return np.asarray(case.rng.permutation(np.arange(case.count) % 2 == 0))
 
 
-def _mask(case: _Case) -> np.ndarray:
+def _mask(case: Case) -> np.ndarray:
     """Ones; zeros at the end of every row but the first, and of a single row from the second sample on."""
     mask = np.ones(case.shape)
     length = case.shape[-1] if case.shape else 1
@@ -213,7 +171,7 @@ def _mask(case: _Case) -> np.ndarray:
     return mask
 
 
-def _by_name(case: _Case) -> np.ndarray | None:
+def _by_name(case: Case) -> np.ndarray | None:
     """What the name says, where no node says more."""
     words = words_of(case.name)
     integer = _is_integer(case.dtype)
@@ -235,7 +193,7 @@ def _by_name(case: _Case) -> np.ndarray | None:
     return None
 
 
-def _by_role(case: _Case) -> np.ndarray | None:
+def _by_role(case: Case) -> np.ndarray | None:
     """What the nodes that read the input accept; None where they accept anything."""
     role = case.role
     if role.kind == "index":
@@ -243,13 +201,13 @@ def _by_role(case: _Case) -> np.ndarray | None:
     if role.kind == "length":
         sizes = [d for d in case.dims(tuple(role.lengths)) or [] if d > 0]
         return _lengths(case, min(sizes, default=max(1, case.request.length)))
-    recipe = _RECIPES.get(role.kind)
+    recipe = _divisor if role.kind == "divisor" else RECIPES.get(role.kind)
     values = None if recipe is None else recipe(case)
     interval = role.interval(case.request.sizes)
     return values if values is None or interval is None else np.clip(values, *interval)
 
 
-def _indices(case: _Case) -> np.ndarray:
+def _indices(case: Case) -> np.ndarray:
     low, high = case.role.interval(case.request.sizes) or (0, 1)
     words = set(words_of(case.name))
     if "mask" in words and words.isdisjoint(_POSITIONS):
@@ -267,7 +225,7 @@ def _indices(case: _Case) -> np.ndarray:
     return values
 
 
-def _lengths(case: _Case, longest: int) -> np.ndarray:
+def _lengths(case: Case, longest: int) -> np.ndarray:
     """Full length first, shorter ones after it; a single length is shorter from the second sample on."""
     values = case.rng.integers(max(1, longest // 2), longest + 1, case.shape)
     if values.size:
@@ -275,87 +233,7 @@ def _lengths(case: _Case, longest: int) -> np.ndarray:
     return values
 
 
-def _target_shape(case: _Case) -> np.ndarray:
-    """For Reshape: what the graph declares, the shape of the data, or one axis of everything."""
-    count, forms = case.count, []
-    result, data = case.dims(case.role.result), case.dims(case.role.data)
-    if result is not None and len(result) == count and sum(d < 0 for d in result) <= 1:
-        forms.append(result)
-    if data is not None and len(data) == count:
-        forms.append([0] * count)
-    elif data is not None and count > 1:
-        forms.append([0] + [1] * (count - 2) + [-1])
-    forms += [[1] * (count - 1) + [-1], [-1] + [1] * (count - 1)]
-    return np.array(forms[(case.request.sample + case.request.attempt) % len(forms)][:count])
-
-
-def _broadcast_shape(case: _Case) -> np.ndarray:
-    """For Expand: axes of size 1, and new ones, become 2 or 3."""
-    data, count = case.dims(case.role.data), case.count
-    if data is None or len(data) > count or case.request.attempt % 2:
-        return np.ones(count)
-    wide = 2 + case.request.sample % 2
-    return np.array([wide] * (count - len(data)) + [wide if d == 1 else 1 for d in data])
-
-
-def _divisor(case: _Case) -> np.ndarray:
+def _divisor(case: Case) -> np.ndarray:
     """Signed, and nowhere 0."""
     values = _integers(case) if _is_integer(case.dtype) else _floats(case)
     return np.where(values == 0, 2, values)
-
-
-def _split(case: _Case) -> np.ndarray:
-    data = case.dims(case.role.data)
-    size = data[case.role.axis] if data and -len(data) <= case.role.axis < len(data) else -1
-    parts = np.full(case.count, max(size, case.count) // max(1, case.count))
-    parts[-1:] += max(size, case.count) - parts.sum()
-    return parts
-
-
-def _scaled(case: _Case) -> np.ndarray:
-    """For Resize: the last two axes twice as large, or three times."""
-    factor = 2 + case.request.sample % 2
-    scales = np.ones(case.count)
-    scales[-2:] = factor
-    if case.role.kind == "scales":
-        return scales
-    data = case.dims(case.role.data) or [-1]
-    if len(data) == case.count and min(data) > 0:
-        return scales * data
-    return np.where(np.arange(case.count) == 0, max(1, data[0]), 8 * scales)  # AffineGrid: only the batch is known
-
-
-def _pads(case: _Case) -> np.ndarray:
-    """0 or 1, and 0 on axes of size 1, which cannot be reflected."""
-    pads = case.rng.integers(0, 2, case.count)
-    data = case.dims(case.role.data)
-    return pads * (np.tile(data, 2) != 1) if data is not None and 2 * len(data) == case.count else pads
-
-
-def _plain(value: Callable[[int], float]) -> Callable[[_Case], np.ndarray]:
-    return lambda case: np.full(case.shape, value(case.request.sample + case.request.attempt))
-
-
-_RECIPES: dict[str, Callable[[_Case], np.ndarray]] = {
-    "target-shape": _target_shape,
-    "broadcast-shape": _broadcast_shape,
-    "split": _split,
-    "scales": _scaled,
-    "sizes": _scaled,
-    "repeats": lambda case: np.arange(case.count) % 2 + 1 + case.request.sample % 2,
-    "axes": lambda case: np.arange(case.count),
-    "pads": _pads,
-    "divisor": _divisor,
-    "starts": _plain(lambda n: n % 2),
-    "ends": _plain(lambda n: 3 + n),
-    "steps": _plain(lambda n: 1 + n % 2),
-    "count": _plain(lambda n: 3 - n % 3),
-    "start": _plain(lambda n: n % 2),
-    "limit": _plain(lambda n: 6 + n),
-    "step": _plain(lambda n: 1),
-    "window": _plain(lambda n: 16 // (1 + n % 2)),
-    "axis": _plain(lambda n: n % 2),
-    "flag": _plain(lambda n: 1 - n % 2),
-    "ratio": _plain(lambda n: 0.5),
-    "inference": _plain(lambda n: 0),
-}

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from onnxcompress.comparison import difference, perturbed
+from onnxcompress.comparison import arrays_of, difference, perturbed, weakness
 from onnxcompress.errors import ModelError, RuntimeFailure
 from onnxcompress.input_roles import Role, input_roles
+from onnxcompress.sample_recipes import Request
 from onnxcompress.sample_sizes import InputShape, SizePlan, input_shape, size_plan
-from onnxcompress.sample_values import VARIANTS, Request, make_value, near
+from onnxcompress.sample_values import VARIANTS, make_value, near
 from onnxcompress.signature import OVERRIDABLE_IR
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class _Search:
 
     def _jumps(self, feed: Feed, outputs: list[Any]) -> str | None:
         """Whether outputs that are all nearly 0, as of a saturated Sigmoid, are more rounding than result."""
-        floats = [array for array in _arrays(outputs) if array.dtype.kind == "f" and array.size]
+        floats = [array for array in arrays_of(outputs) if array.dtype.kind == "f" and array.size]
         if not floats or max(float(np.max(np.abs(array))) for array in floats) >= NEARLY_ZERO:
             return None
         self.tries += 1
@@ -292,32 +293,6 @@ def _example(shape: InputShape) -> list[str]:
         str(dim) if isinstance(dim, int) else "1" if axis == 0 else str(next(spatial, 16))
         for axis, dim in enumerate(shape.dims or ())
     ]
-
-
-def weakness(outputs: Sequence[Any]) -> str | None:
-    """Why a comparison of these outputs would say little: nothing finite, or nothing that varies."""
-    arrays = [array for array in _arrays(outputs) if array.dtype != object and array.dtype.kind != "c"]
-    if not arrays:
-        return None
-    if all(array.size == 0 for array in arrays):
-        return "every output is empty"
-    floats = [array.astype(np.float64) for array in arrays if array.dtype.kind in "fV"]
-    if floats and not any(np.isfinite(array).all() and array.size for array in floats):
-        return "no output is finite"
-    varied = [array for array in arrays if array.size > 1]
-    if varied and all((array == array.reshape(-1)[0]).all() for array in varied):
-        return "every output is constant"
-    return None
-
-
-def _arrays(values: Any) -> Iterator[np.ndarray]:
-    if isinstance(values, np.ndarray):
-        yield values
-    elif isinstance(values, dict):
-        yield from _arrays([np.array(list(values.values()))])
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _arrays(value)
 
 
 def _describe(value: Any) -> str:

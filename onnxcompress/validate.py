@@ -21,7 +21,6 @@ from onnxcompress.comparison import Comparison, Difference
 from onnxcompress.data import Dataset, InputSpec, load_data
 from onnxcompress.equivalence import (
     DEFAULT_TOLERANCE,
-    Feed,
     Model,
     Reference,
     Sensitivity,
@@ -30,11 +29,11 @@ from onnxcompress.equivalence import (
     read_model,
     run_model,
 )
-from onnxcompress.errors import DataError, ModelError, RecipeError
+from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.metrics import Metric, find_metric
 from onnxcompress.runtime import DEPLOYED, REFERENCE, RunOptions, Runtime
 from onnxcompress.sample_sizes import input_shape
-from onnxcompress.samples import check_samples
+from onnxcompress.shared_samples import shared_samples
 from onnxcompress.signature import interface_differences
 
 __all__ = [
@@ -201,7 +200,7 @@ def validate(
             dataset = data if isinstance(data, Dataset) else _load(data, first, limit, preprocess, seed)
             feeds, lines = _first_batches(dataset, batch), [f"{len(dataset)} samples of {dataset.source}"]
         else:
-            found = _seeded(a, b, first, runtime, options, bool(interface), shapes, batch, seed)
+            found = shared_samples(a, b, first, runtime, options, bool(interface), shapes, batch, seed)
             feeds, lines, outputs = list(found), found.describe(), found.outputs
         known = {value.name for value in second.graph.input}
         narrowed = [{name: value for name, value in feed.items() if name in known} for feed in feeds]
@@ -212,33 +211,6 @@ def validate(
             figures = _measure(chosen, (a, b), index, dataset, batch, runtime, custom_ops, known)
     limit_of = tolerance if tolerance is not None else DEFAULT_TOLERANCE if chosen is None else METRIC_TOLERANCE
     return Validation(interface, comparison, figures, limit_of, lines)
-
-
-def _seeded(
-    a: Model,
-    b: Model,
-    proto: ModelProto,
-    runtime: Runtime,
-    options: RunOptions,
-    both: bool,
-    shapes: Mapping[str, Sequence[int | str | None]] | None,
-    batch: int | None,
-    seed: int,
-) -> Any:
-    """Inputs that ``a`` accepts, and ``b`` too where their interfaces differ and such inputs exist."""
-
-    def run(feed: Feed) -> list[Any]:
-        return run_model(runtime, a, [feed], options)[0]
-
-    def run_both(feed: Feed) -> list[Any]:
-        run_model(runtime, b, [{name: value for name, value in feed.items() if name in known}], options)
-        return run(feed)
-
-    if both:
-        known = {value.name for value in read_model(b).graph.input}
-        with contextlib.suppress(ModelError):  # then b refuses them all, which the comparison reports
-            return check_samples(proto, run_both, seed=seed, shapes=shapes, batch=batch)
-    return check_samples(proto, run, seed=seed, shapes=shapes, batch=batch)
 
 
 def _output_index(model: ModelProto, name: str | None) -> int:

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress.errors import ModelError, RecipeError, RuntimeFailure
 from onnxcompress.runtime import Runtime
-from onnxcompress.samples import MAX_TRIES, check_samples, weakness
+from onnxcompress.samples import MAX_TRIES, check_samples
 from onnxcompress.scopes import value_dims
 from onnxcompress.testing import model
 
@@ -402,22 +402,6 @@ def test_a_constant_output_is_accepted_and_told(run_of):
     samples = found(run_of, "g (float[N,8] x) => (float[N,8] y) { y = Mul(x, k) }", weights={"k": np.float32(0)})
     assert samples.samples[0].weakness == "every output is constant"
     assert samples.describe()[0] == "sample 1: x 2x8 (every output is constant)"
-
-
-@pytest.mark.parametrize(
-    ("outputs", "reason"),
-    [
-        ([np.array([np.nan, 1.0])], "no output is finite"),
-        ([np.array([np.nan, 1.0]), np.array([1.0, 2.0])], None),
-        ([np.array([3, 3])], "every output is constant"),
-        ([np.array([3])], None),
-        ([np.zeros((0, 3))], "every output is empty"),
-        ([np.array(["a", "a"], object)], None),
-        ([[np.array([1.0, 2.0])], {"a": 1.0}], None),
-    ],
-)
-def test_weakness(outputs, reason):
-    assert weakness(outputs) == reason
 
 
 def test_the_refusal_names_input_sizes_reason_and_the_way_out(run_of):
