@@ -220,7 +220,8 @@ def optimize(
     worst = 0
     for found in _run_all(plan, wishes, metric, jobs, quiet):
         if "error" in found:
-            print(f"onnxcompress: {found['input']}: {found['error']}", file=sys.stderr)
+            named = found["error"].startswith(found["input"])
+            print(f"onnxcompress: {'' if named else found['input'] + ': '}{found['error']}", file=sys.stderr)
             worst = max(worst, found["code"])
             continue
         done.append(found)

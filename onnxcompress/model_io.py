@@ -195,6 +195,7 @@ class _Reader:
         return graph
 
     def graph(self, proto: GraphProto, outer: Graph | None, outer_tensors: dict[str, Tensor]) -> Graph:
+        check_names(proto)
         graph = Graph(name=proto.name, opset=self.opset, scope=self.scope, outer=outer)
         graph.carrier = proto
         tensors = dict(outer_tensors)
@@ -284,6 +285,22 @@ class _Reader:
         if kind == AttributeProto.GRAPHS:
             return [self.graph(body, graph, tensors) for body in attr.graphs]
         return attr
+
+
+def check_names(proto: GraphProto) -> None:
+    """Refuse names that are not UTF-8: protobuf gives them as bytes, and nothing could write them in a report.
+
+    Raises:
+        ModelError: Such a name.
+    """
+    names = [proto.name, *(value.name for values in (proto.input, proto.output, proto.value_info) for value in values)]
+    names += [tensor.name for tensor in proto.initializer]
+    for node in proto.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [attr.name for attr in node.attribute]
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"the name {name!r} is not UTF-8 text; the model is damaged")
 
 
 def _text(data: bytes) -> str | bytes:

@@ -237,7 +237,7 @@ class _Search:
                 outputs = list(self.run(feed))
             except RuntimeFailure as error:
                 if getattr(error, "stage", "run") != "run":
-                    raise ModelError(f"onnxruntime does not load the model: {error}") from error
+                    raise ModelError(f"{error}") from error
                 logger.debug("sizes %s, attempt %d: %s", sizes, attempt, error)
                 self.timeouts += getattr(error, "kind", None) == "timeout"
                 self.reason = str(error)
