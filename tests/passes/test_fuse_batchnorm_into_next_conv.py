@@ -73,8 +73,8 @@ def test_padding_that_no_window_reaches():
 @pytest.mark.parametrize("call", ["Mul(x, k)", "Mul(k, x)", "Div(x, k)", "Neg(x)", "Mul(six, x)", "Div(x, six)"])
 @pytest.mark.parametrize("geometry", ["pads=[1,1,1,1]", 'auto_pad="SAME_UPPER"', "pads=[2,0,1,1], strides=[2,2]"])
 def test_scale_is_exact_with_any_pads(call, geometry):
-    text = f"g (float[N,4,p,q] x) => ({Y}) {{ a = {call} y = Conv<{geometry}>(a, W, b) }}"
-    fused(text, ["Conv"], **weights())
+    after = fused(f"g (float[N,4,p,q] x) => ({Y}) {{ a = {call} y = Conv<{geometry}>(a, W) }}", ["Conv"], **weights())
+    assert len(after.graph.node[0].input) == 2
 
 
 @pytest.mark.parametrize("call", ["Add(x, t)", "Sub(x, t)", "Sub(t, x)", "Add(six, x)"])
@@ -119,6 +119,8 @@ def test_scale_alone_where_a_map_is_not_to_be_had(x):
     text = f"g (float[{x}] x) => (float[N,4,h,w] y) {{ {calls} }}"
     after = fused(text, ["Add", "Conv"], **constants)
     assert after.graph.node[0].input[0] == "x"
+    _, result = apply(FuseBatchNormIntoNextConv(), model(text, **constants))
+    assert "scale alone" in result.done[0].detail
 
 
 def test_scale_alone_keeps_a_scalar_shift_scalar():
@@ -135,6 +137,7 @@ NEAR_MISSES = {
     "size unknown": f"g (float[N,4,p,q] x) => ({Y}) {{ {BN} y = {PADDED} }}",
     "map too large": f"g (float[N,4,40,40] x) => ({Y}) {{ {BN} y = {PADDED} }}",
     "scale of zero": f"g (float[N,4,p,q] x) => ({Y}) {{ c = Mul(x, zero) a = Add(c, t) y = {PADDED} }}",
+    "two shifts": f"g (float[N,4,p,q] x) => ({Y}) {{ c = Add(x, six) a = Add(c, t) y = {PADDED} }}",
     "weight is an input": f"g ({X}, float[5,4,3,3] U) => ({Y}) {{ {BN} y = Conv(a, U) }}",
     "bias is an input": f"g ({X}, float[5] c) => ({Y}) {{ {BN} y = Conv(a, W, c) }}",
     "scale is an input": f"g ({X}, float[4] u) => ({Y}) {{ a = BatchNormalization(x, u, B, m, v) y = Conv(a, W) }}",
