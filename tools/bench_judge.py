@@ -201,11 +201,19 @@ def compare(path: str, reference: Mapping[str, Any], threads: int) -> dict[str, 
     }
 
 
+def seconds_of(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
 def latency(original: str, files: Mapping[str, str], case: str, threads: int, seconds: float) -> dict[str, Any]:
     """Time all files in one process, one after the other in an order that is drawn anew each round.
 
     The ratio of a file is original / file of the same round, so above 1 is faster than the original. "control" is the
-    original loaded a second time: what its ratio does is what the machine does.
+    original loaded a second time: what its ratio does is what the machine does. ``ratio_fast`` compares the fastest
+    tenths, which other work on the machine disturbs least.
     """
     feed, _ = load_case(Path(case))
     runs: dict[str, Callable[[], Any]] = {}
@@ -213,22 +221,14 @@ def latency(original: str, files: Mapping[str, str], case: str, threads: int, se
         session = open_session(path, optimized=True, threads=threads)
         own = {name: value for name, value in feed.items() if name in {v.name for v in session.get_inputs()}}
         runs[arm] = lambda session=session, own=own: session.run(None, own)  # type: ignore[misc]
-    first: dict[str, float] = {}
-    for arm, call in runs.items():
-        for _ in range(WARMUP_RUNS):
-            start = time.perf_counter()
-            call()
-            first[arm] = time.perf_counter() - start
-    repeats = max(1, math.ceil(ROUND_S / first["original"]))
+    warm = {arm: [seconds_of(call, 1) for _ in range(WARMUP_RUNS)] for arm, call in runs.items()}
+    repeats = max(1, math.ceil(ROUND_S / min(warm["original"])))
     samples: dict[str, list[float]] = {arm: [] for arm in runs}
     rng = np.random.default_rng(0)
     deadline = time.perf_counter() + seconds
     while (done := len(samples["original"])) < MIN_ROUNDS or (done < MAX_ROUNDS and time.perf_counter() < deadline):
         for arm in rng.permutation(list(runs)):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                runs[arm]()
-            samples[arm].append((time.perf_counter() - start) / repeats)
+            samples[arm].append(seconds_of(runs[arm], repeats))
     base = np.array(samples.pop("original"))
     result: dict[str, Any] = {"original_ms": float(np.median(base) * 1e3), "rounds": len(base), "repeats": repeats}
     result["arms"] = {}
@@ -238,6 +238,7 @@ def latency(original: str, files: Mapping[str, str], case: str, threads: int, se
             "ratio_p10": float(p10),
             "ratio_p50": float(p50),
             "ratio_p90": float(p90),
+            "ratio_fast": float(np.quantile(base, 0.1) / np.quantile(seconds_each, 0.1)),
             "median_ms": float(np.median(seconds_each) * 1e3),
         }
     return result

@@ -30,7 +30,7 @@ import bench_process
 import bench_tables
 
 # This process stays small (no numpy, no onnx): a child starts as a copy of it, and would inherit its memory peak.
-SCHEMA = 2
+SCHEMA = 3
 TOOLS = Path(__file__).resolve().parent
 REPOSITORY = TOOLS.parent
 PROBE = """

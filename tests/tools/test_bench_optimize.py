@@ -300,7 +300,7 @@ def example_records() -> tuple[dict, dict]:
             },
             "compare": {"loads": True, "runs": True, "error": error, "message": None},
             "interface": {"verdict": "equal", "differences": []},
-            "latency": {"ratio_p50": 2.0, "ratio_p10": 1.9, "ratio_p90": 2.1, "control_p50": 1.0},
+            "latency": {"ratio_p50": 2.0, "ratio_p10": 1.9, "ratio_p90": 2.1, "ratio_fast": 1.5, "control_p50": 1.0},
         }
 
     failed = {"optimize": {"wall_s": 4.0, "cpu_s": 4.0, "peak_mb": 99.0}, "failure": "exit code 1"}
@@ -322,6 +322,7 @@ def test_summary_leaves_wrong_files_out_of_the_means():
     assert (summary["grown"], summary["non_standard"]) == (1, 1)
     assert (summary["median_wall_s"], summary["max_wall_s"], summary["max_peak_mb"]) == (2.5, 4.0, 99.0)
     assert summary["latency_ratio"] == pytest.approx(2.0)
+    assert summary["fast_latency_ratio"] == pytest.approx(1.5)
 
 
 def test_tables_have_a_row_per_arm_and_a_cell_per_column():
