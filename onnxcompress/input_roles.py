@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto
 from onnxcompress.scopes import Dim, Dims, Model, Scope, attribute
 
 MAX_STEPS = 20_000  # Uses visited per input: a bound for models that call the same function thousands of times.
+MAX_FLOWS = 4  # Ways to one value: a loop may add 1 in every round.
 KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
 T = TypeVar("T")
@@ -164,11 +165,11 @@ def input_roles(model: ModelProto, names: Iterable[str]) -> dict[str, Role]:
 
 
 class _Tracer:
-    """Follows one input breadth first; each (scope, name) is visited once."""
+    """Follows one input breadth first; a value reached in several ways, as by i and i + 1, is followed in each."""
 
     def __init__(self, root: Scope, name: str) -> None:
         self.role = Role()
-        self.seen: set[tuple[int, str]] = set()
+        self.seen: dict[tuple[int, str], set[_Flow]] = {}
         self.queue: list[tuple[Scope, str, _Flow]] = []
         self._push(root, name, _Flow())
         steps = 0
@@ -180,8 +181,9 @@ class _Tracer:
             self._leave(scope, current, flow)
 
     def _push(self, scope: Scope, name: str, flow: _Flow) -> None:
-        if name and (id(scope), name) not in self.seen:
-            self.seen.add((id(scope), name))
+        flows = self.seen.setdefault((id(scope), name), set())
+        if name and flow not in flows and len(flows) < MAX_FLOWS:
+            flows.add(flow)
             self.queue.append((scope, name, flow))
 
     def _leave(self, scope: Scope, name: str, flow: _Flow) -> None:
