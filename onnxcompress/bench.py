@@ -15,7 +15,7 @@ from onnxcompress.model_io import read_proto
 from onnxcompress.runtime import REFERENCE, RunOptions, Runtime, median_ratio, peak_memory_bytes
 from onnxcompress.samples import check_samples
 from onnxcompress.signature import interface_differences
-from onnxcompress.validate import data_feeds
+from onnxcompress.validation import data_feeds
 
 
 def bench_models(

@@ -343,7 +343,7 @@ def optimize_one(
     try:
         result = run(source, target, progress=say, **wishes)
         if metric is not None:
-            from onnxcompress.validate import validate as compare
+            from onnxcompress.validation import validate as compare
 
             if say is not None:
                 say(f"measuring {metric}")
@@ -418,7 +418,7 @@ def validate(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> 
 
     Exits with 1 when B differs by more than the tolerance.
     """
-    from onnxcompress.validate import validate as run
+    from onnxcompress.validation import validate as run
 
     found = run(reference, candidate, **wishes)
     if as_json:

@@ -33,7 +33,7 @@ from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes, skeleton
 from onnxcompress.signature import interface_differences
-from onnxcompress.validate import data_feeds
+from onnxcompress.validation import data_feeds
 
 logger = logging.getLogger(__name__)
 
