@@ -39,7 +39,7 @@ def model(text: str, *, opset: int = DEFAULT_OPSET, ir_version: int = 8, **weigh
         graph = parser.parse_graph(text)
         proto = helper.make_model(graph, ir_version=ir_version, opset_imports=[helper.make_opsetid("", opset)])
     for name, values in weights.items():
-        proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
     onnx.checker.check_model(proto)
     return proto
 
