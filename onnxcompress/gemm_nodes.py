@@ -1,7 +1,7 @@
-"""Gemm nodes with a scale and a shift per channel worked in, before or behind: alpha * A @ B + beta * C.
+"""Gemm and MatMul nodes with a scale and a shift per channel worked in, before or behind.
 
-Unlike ``linear_nodes.read_affine`` this keeps what it can: alpha, transposition, a C that is not one row, and operands
-that are not constants as long as a scalar on alpha and beta says the same.
+Unlike ``linear_nodes.read_affine`` this keeps what it can of alpha * A @ B + beta * C: alpha, transposition, a C that
+is not one row, and operands that are not constants as long as a scalar on alpha and beta says the same.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from onnxcompress.graph import (
     Tensor,
     constant_value,
     is_constant,
+    is_op,
     numpy_dtype,
     optional_input,
+    rank,
     static_shape,
 )
 from onnxcompress.linear_conv import cast
-from onnxcompress.linear_nodes import FLOATS
+from onnxcompress.linear_nodes import FLOATS, other_operand
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,3 +184,79 @@ def apply_change(graph: Graph, node: Node, change: GemmChange) -> None:
         if value != node.attrs.get(name, 1.0):
             node.attrs[name] = value
     graph.touch(node)
+
+
+# -- MatMul ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class MatMulChange:
+    """New numbers of a MatMul: its matrix (None: it stays), and what is added to its output.
+
+    ``add`` is the node behind it that takes ``constant`` for its own; without one, ``constant`` is a new bias.
+    """
+
+    matrix: np.ndarray | None
+    constant: np.ndarray | None
+    add: Node | None
+
+    def needs_add(self, node: Node) -> bool:
+        """Whether a new Add has to be made; a MatMul of two matrices becomes a Gemm instead."""
+        return self.constant is not None and self.add is None and rank(node.inputs[0]) != 2
+
+
+def scale_matmul_input(
+    graph: Graph, node: Node, scale: np.ndarray, shift: np.ndarray, limit_bytes: int
+) -> MatMulChange | str:
+    """``MatMul(scale * x + shift, W)``, per column of x, with W constant, or the reason why not.
+
+    Args:
+        graph: The graph of the node.
+        node: A MatMul with a constant right operand.
+        scale: (K,) float64.
+        shift: (K,) float64.
+        limit_bytes: Largest copy that may be made of a shared matrix.
+    """
+    original = constant_matrix(node.inputs[1], 2 if shift.any() else None)
+    if isinstance(original, str):
+        return original
+    matrix = scaled_matrix(node, node.inputs[1], scale, -2, limit_bytes) if (scale != 1).any() else None
+    if isinstance(matrix, str):
+        return matrix
+    if not shift.any():
+        return MatMulChange(matrix, None, None)
+    moved = shift @ original.astype(np.float64)
+    add = graph.only_reader(node.outputs[0])
+    try:
+        if add is not None and is_op(add, "Add", "Sub"):
+            operands = other_operand(add)
+            own = constant_value(operands[1]) if operands is not None else None
+            if own is not None:
+                total = own.astype(np.float64) + (moved if add.op == "Add" else -moved)
+                if total.size <= max(own.size, moved.size):
+                    return MatMulChange(matrix, cast(total, own.dtype), add)
+        return MatMulChange(matrix, cast(moved, original.dtype), None)
+    except OverflowError as error:
+        return str(error)
+
+
+def change_matmul(graph: Graph, node: Node, change: MatMulChange) -> None:
+    """Give a MatMul its new matrix, and the constant to the node behind it, to a Gemm, or to a new Add."""
+    label = node.name or "matmul"
+    matrix = node.inputs[1] if change.matrix is None else graph.new_constant(f"{label}.weight", change.matrix)
+    inputs = [node.inputs[0], matrix]
+    node.inputs = inputs
+    graph.touch(node)
+    if change.constant is None:
+        return
+    constant = graph.new_constant(f"{label}.bias", change.constant)
+    output = node.outputs[0]
+    if change.add is not None:
+        change.add.inputs = [constant if is_constant(tensor) else tensor for tensor in change.add.inputs]
+        graph.touch(change.add)
+    elif change.needs_add(node):
+        node.outputs = [graph.new_variable(f"{label}_output", output)]
+        graph.insert("Add", [node.outputs[0], constant], [output], before=node, name=f"{label}_bias")
+    else:
+        graph.insert("Gemm", [*inputs, constant], [output], before=node, name=node.name)
+        graph.remove(node)
