@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import onnx
 
@@ -82,7 +83,7 @@ class OptimizeOptions:
     measure_latency: bool = True
     measure_download: bool = False
     threads: int = 0
-    latency_budget_s: float = 0.6
+    latency_budget_s: float = 0.5
     custom_ops: Path | None = None
     seed: int = 0
     timeout_s: float | None = 300.0
@@ -158,8 +159,9 @@ def optimize(
         RecipeError: A wish that cannot be met, such as an unknown pass.
     """
     chosen = options or OptimizeOptions(**wishes)
-    with Runtime(timeout_s=chosen.timeout_s) as runtime:
-        return _Job(model, None if output is None else Path(output), chosen, runtime, progress or (lambda line: None)).run()
+    with contextlib.ExitStack() as stack:
+        target = None if output is None else Path(output)
+        return _Job(model, target, chosen, stack, progress or (lambda line: None)).run()
 
 
 class _Job:
@@ -170,12 +172,14 @@ class _Job:
         model: str | Path | onnx.ModelProto | bytes,
         output: Path | None,
         options: OptimizeOptions,
-        runtime: Runtime,
+        stack: contextlib.ExitStack,
         progress: Progress,
     ) -> None:
         self.started = time.monotonic()
         self.options = options
-        self.runtime = runtime
+        self.stack = stack
+        self.runtime = stack.enter_context(Runtime(timeout_s=options.timeout_s))
+        self.helper: Runtime | None = None  # evaluates constants while the first one is looking for inputs
         self.progress = progress
         self.output = output
         self.dropped: list[Dropped] = []
@@ -197,12 +201,12 @@ class _Job:
         if output is not None:
             check_target(output)
         self.reshaped = set_input_shapes(self.proto, options.input_shapes, options.batch)
-        self.reference: Reference | None = None
+        self._reference: _Later[Reference] | None = None
         self.settings = Settings(
             max_constant_bytes=options.max_constant_bytes,
             allow_approximate=options.allow_approximate,
             evaluate=self._evaluate,
-            **({"cost": Measured(runtime, threads=options.threads)} if options.cost == "measured" else {}),
+            **({"cost": Measured(self.runtime, threads=options.threads)} if options.cost == "measured" else {}),
         )
 
     def run(self) -> Result:
@@ -214,7 +218,10 @@ class _Job:
         with contextlib.ExitStack() as stack:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-")))
             if self.options.check or self.options.verify_each or self.options.measure_latency:
-                self.reference = self._reference()
+                self.progress("finding inputs that the model accepts")
+                self._reference = _Later(self._find_reference)
+                if self.options.cost == "measured" or self.options.verify_each:
+                    self._reference.result()  # nothing else may run while candidates are timed
             while True:
                 graph, passes = self._passes(work)
                 staged = stack.enter_context(StagedFile(graph, self.output or work / "result.onnx"))
@@ -250,15 +257,18 @@ class _Job:
     def _load(self) -> Graph:
         return load(self.proto, folder=self.folder)
 
-    def _reference(self) -> Reference:
-        """The original on inputs that it accepts."""
+    @property
+    def reference(self) -> Reference | None:
+        """The original on inputs that it accepts; waits until they are found."""
+        return None if self._reference is None else self._reference.result()
+
+    def _find_reference(self) -> Reference:
         model: str | Path | onnx.ModelProto | bytes
         if self.path is not None:
             model = self.path
         elif self.folder is None:
             model = self.proto
         run_options = RunOptions(custom_ops=self.options.custom_ops)
-        self.progress("finding inputs that the model accepts")
         if self.options.data is not None:
             feeds = data_feeds(self.options.data, self.proto, limit=CHECK_SAMPLES, seed=self.options.seed)
             return Reference(model, feeds, self.runtime, options=run_options)
@@ -290,6 +300,9 @@ class _Job:
             except _Guilty as guilty:
                 self._drop(guilty.name, guilty.comparison.message())
                 graph = self._load()
+            except PassError:
+                _ = self.reference  # a model that onnxruntime refuses is the better reason
+                raise
 
     def _verifier(self, work: Path) -> Callable[[str, Graph], None]:
         def verify(name: str, current: Graph) -> None:
@@ -343,7 +356,9 @@ class _Job:
             return None
 
     def _evaluate(self, model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:
-        return self.runtime.run(model.SerializeToString(), [feeds])[0]
+        if self.helper is None:
+            self.helper = self.stack.enter_context(Runtime(timeout_s=self.options.timeout_s))
+        return self.helper.run(model.SerializeToString(), [feeds])[0]
 
     # -- going back --------------------------------------------------------------------------------------------------
 
@@ -415,6 +430,31 @@ class _Job:
         infer_shapes(original, known={t.name: t for node in result.nodes for t in node.outputs if t.shape is not None})
         counted = count(original)
         return replace(before, macs=counted.macs, macs_exact=counted.exact)
+
+
+T = TypeVar("T")
+
+
+class _Later(Generic[T]):
+    """A result that another thread is working on. A daemon: an interrupt does not wait for it."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._found: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._found.append(work())
+        except BaseException as error:  # raised again where the result is asked for
+            self._error = error
+
+    def result(self) -> T:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._found[0]
 
 
 class _Guilty(Exception):
