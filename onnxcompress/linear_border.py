@@ -150,7 +150,7 @@ def _telling_sizes(first: ConvOp, second: ConvOp, axis: int, size: int | None) -
     period = stride * second.strides[axis]
     span = first.reach[axis] + first.pads_begin[axis] + first.pads_end[axis]
     span += stride * (second.reach[axis] + second.pads_begin[axis] + second.pads_end[axis])
-    large = 2 * (span + period + 1)
+    large = span + period + 1
     if size is None:
         return range(large, large + period)
     return [size if size < large else large + (size - large) % period]

@@ -298,6 +298,44 @@ def test_one_unknown_axis(case):
     assert border_class(first, second, (size, None)) is worst
 
 
+def class_by_enumeration(first, second, size):
+    """The predicate along one axis, position by position."""
+    middle, out = first.output_size((size,))[0], second.output_size(first.output_size((size,)))[0]
+    (k1,), (k2,), (s1,), (s2,), (d1,), (d2,) = (
+        first.kernel,
+        second.kernel,
+        *(getattr(op, name) for name in ("strides", "dilations") for op in (first, second)),
+    )
+    reads = {p * s2 + v * d2 - second.pads_begin[0] for p in range(out) for v in range(k2)}
+    sees = {t for t in reads if any(0 <= t * s1 + u * d1 - first.pads_begin[0] < size for u in range(k1))}
+    padded = {t for t in reads if not 0 <= t < middle}
+    if not padded:
+        return Exactness.EXACT
+    return Exactness.APPROXIMATE if padded & sees else Exactness.EXACT_WITHOUT_BIAS
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3), (3, 2), (3, 3), (4, 3), (5, 4)])
+@pytest.mark.parametrize("taps", [(2, 1), (3, 4)])
+@pytest.mark.parametrize("pads", [(0, 0, 0, 1), (1, 2, 0, 1), (4, 0, 2, 0), (0, 4, 0, 2), (4, 4, 1, 7)])
+def test_every_remainder_of_the_size_counts(strides, taps, pads):
+    rng = np.random.default_rng(0)
+    first = conv(rng, (1, 1), (3,), strides=strides[0], dilations=2, pads=pads[0], pads_end=pads[1], bias=False)
+    second = conv(rng, (1, 1), taps[:1], strides=strides[1], dilations=taps[1], pads=pads[2], pads_end=pads[3])
+    sizes = [n for n in range(1, 160) if fits((first, second), (n,))]
+    classes = [class_by_enumeration(first, second, n) for n in sizes]
+    assert [border_class(first, second, (n,)) for n in sizes] == classes
+    assert border_class(first, second, None) is max(classes)
+
+
+def test_classes_are_numbered_from_best_to_worst():
+    assert [(exactness.name, exactness.value) for exactness in Exactness] == [
+        ("EXACT", 1),
+        ("EXACT_WITHOUT_BIAS", 2),
+        ("EXACT_WITH_BIAS_MAP", 3),
+        ("APPROXIMATE", 4),
+    ]
+
+
 def test_pads_of_one_side_only_need_no_size():
     rng = np.random.default_rng(0)
     first = conv(rng, (3, 2), (3, 3), pads=1)
@@ -750,6 +788,8 @@ def test_batchnorm_affine():
     assert error(x * s + t, expected, np.abs(expected).max()) < EXACT
     with pytest.raises(ValueError, match=r"channel 2: var \+ epsilon is -0\.5"):
         batchnorm_affine(scale, bias, mean, np.array([1.0, 1.0, -0.5, -0.5]), 0.0)
+    with pytest.raises(ValueError, match=r"channel 1: var \+ epsilon is 0,"):
+        batchnorm_affine(scale, bias, mean, np.array([1.0, 0.0, 1.0, 1.0]), 0.0)
 
 
 @normal
