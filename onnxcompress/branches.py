@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnxcompress.cost import CostModel, OperatorSpec
-from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op
+from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op, static_shape
 from onnxcompress.linear import ConvOp, Exactness, scale_output
 from onnxcompress.linear_chain import Merged, Plan, plan_sum
 from onnxcompress.linear_nodes import spatial_sizes
@@ -97,12 +97,18 @@ def read_sum(graph: Graph, root: Node) -> TermSum:
         tensor, reader, sign, side = work.pop()
         maker = graph.producer(tensor)
         inner = maker is not None and is_op(maker, *SUM_OPS) and graph.feeds_only(tensor, reader)
-        if maker is None or not inner or len(terms) + len(work) + len(maker.inputs) > MAX_TERMS:
+        if maker is None or not inner or shifts(maker) or len(terms) + len(work) + len(maker.inputs) > MAX_TERMS:
             terms.append(Term(tensor, reader, sign, side))
             continue
         nodes.append(maker)
         work += [(t, maker, sign * _sign(maker, i), side) for i, t in reversed(list(enumerate(maker.inputs)))]
     return TermSum(tuple(nodes), tuple(terms))
+
+
+def shifts(node: Node) -> bool:
+    """Whether the node adds a constant that varies along one axis at most: then it is a step of a branch."""
+    shapes = [static_shape(tensor) for tensor in node.inputs if is_constant(tensor)]
+    return any(shape is not None and sum(size != 1 for size in shape) < 2 for shape in shapes)
 
 
 def _sign(node: Node, index: int) -> int:

@@ -141,13 +141,13 @@ def _plan(parts: Sequence[tuple[ChainGeometry, int, int]]) -> Plan | str:
     geometry, start, stop = parts[0]
     spatial, out = geometry.sizes[start], geometry.sizes[stop]
     varies = [False] * len(spatial)
-    for ops, found in zip(chains, linear, strict=True):
+    for part, found in zip(parts, linear, strict=True):
         if found is None:
             return APPROXIMATE
         if total is not None and (reason := why_not_parallel(total, found[0], spatial)) is not None:
             return reason
         total = found[0] if total is None else add_parallel(total, found[0], spatial)
-        axes = _bias_axes(ops, spatial)
+        axes = _bias_axes(*part)
         if isinstance(axes, str):
             return axes
         varies = [a or b for a, b in zip(varies, axes, strict=True)]
@@ -196,18 +196,21 @@ def has_bias(op: ConvOp) -> bool:
     return op.bias is not None and bool(op.bias.any())
 
 
-def _bias_axes(ops: Chain, spatial: Sizes) -> list[bool] | str:
-    """Per axis, whether some operator pads what a bias has reached; a reason where that needs an unknown size."""
-    varies = [False] * len(spatial)
-    sizes, biased = tuple(spatial), False
-    for op in ops:
-        for axis, size in enumerate(sizes):
-            if biased and _reads_padding(op, axis, size):
-                if size is None:
-                    return f"the bias map needs the size of spatial axis {axis}, which is dynamic"
-                varies[axis] = True
-        biased = biased or has_bias(op)
-        sizes = output_sizes(op, sizes)
+def _bias_axes(geometry: ChainGeometry, start: int, stop: int) -> list[bool] | str:
+    """Per axis, whether the segment pads what a bias has reached; a reason where that needs an unknown size."""
+    varies = [False] * geometry.ops[start].spatial_rank
+    for middle in range(start + 1, stop):
+        if not has_bias(geometry.ops[middle - 1]):
+            continue
+        # What follows the bias, as one where it can be: padding that only outputs read which nothing takes is none.
+        tail = geometry.linear(middle, stop)
+        places = [(tail[0], middle)] if tail is not None else [(geometry.ops[i], i) for i in range(middle, stop)]
+        for op, place in places:
+            for axis, size in enumerate(geometry.sizes[place]):
+                if _reads_padding(op, axis, size):
+                    if size is None:
+                        return f"the bias map needs the size of spatial axis {axis}, which is dynamic"
+                    varies[axis] = True
     return varies
 
 
