@@ -153,6 +153,16 @@ def test_a_candidate_that_does_not_run_is_a_finding(runtime):
         compare(broken, scaled(1), FEEDS, runtime)
 
 
+def test_one_wrong_integer_is_too_many(runtime):
+    text = """g (float[N,8] x) => (int64[A] y) {
+        s = Shape(x)  t = Sub(s, s)  u = Cast<to=7>(W)  v = Gather(t, k)  y = Add(u, v) }"""
+    before = model(text, W=np.zeros(200_000, np.float32), k=np.array([0]))
+    after = model(text, W=np.eye(1, 200_000, dtype=np.float32)[0], k=np.array([0]))
+    comparison = compare(before, after, FEEDS, runtime, tolerance=1e-5)
+    assert comparison.outputs[0].mismatches == 5e-6
+    assert not comparison.equivalent
+
+
 def test_sequences_are_compared(runtime):
     text = "g (float[N,8] x) => (seq(float[M,4]) y) { a = Mul(x, k)  y = SplitToSequence<axis=1>(a, four) }"
     before, after = (model(text, k=np.float32(k), four=np.array([4, 4])) for k in (1, 1.5))
