@@ -7,10 +7,114 @@ class, so it refuses.
 if __name__ == "passes":
     raise ImportError("import onnxcompress.passes, not passes: this folder is mapped into the package")
 
+from onnxcompress.passes.deduplicate_initializers import DeduplicateInitializers
+from onnxcompress.passes.deduplicate_nodes import DeduplicateNodes
+from onnxcompress.passes.eliminate_dead_code import EliminateDeadCode
+from onnxcompress.passes.eliminate_dropout import EliminateDropout
+from onnxcompress.passes.eliminate_identity import EliminateIdentity
+from onnxcompress.passes.eliminate_noop_arithmetic import EliminateNoopArithmetic
+from onnxcompress.passes.eliminate_noop_cast import EliminateNoopCast
+from onnxcompress.passes.eliminate_noop_clip import EliminateNoopClip
+from onnxcompress.passes.eliminate_noop_concat import EliminateNoopConcat
+from onnxcompress.passes.eliminate_noop_expand import EliminateNoopExpand
+from onnxcompress.passes.eliminate_noop_pad import EliminateNoopPad
+from onnxcompress.passes.eliminate_noop_reduce import EliminateNoopReduce
+from onnxcompress.passes.eliminate_noop_reshape import EliminateNoopReshape
+from onnxcompress.passes.eliminate_noop_resize import EliminateNoopResize
+from onnxcompress.passes.eliminate_noop_slice import EliminateNoopSlice
+from onnxcompress.passes.eliminate_noop_split import EliminateNoopSplit
+from onnxcompress.passes.eliminate_noop_transpose import EliminateNoopTranspose
+from onnxcompress.passes.eliminate_redundant_activation import EliminateRedundantActivation
+from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fuse_batchnorm_into_conv import FuseBatchNormIntoConv
+from onnxcompress.passes.fuse_batchnorm_into_gemm import FuseBatchNormIntoGemm
+from onnxcompress.passes.fuse_batchnorm_into_next_conv import FuseBatchNormIntoNextConv
+from onnxcompress.passes.fuse_batchnorm_into_next_gemm import FuseBatchNormIntoNextGemm
+from onnxcompress.passes.fuse_cast_chain import FuseCastChain
+from onnxcompress.passes.fuse_channel_affine_into_conv import FuseChannelAffineIntoConv
+from onnxcompress.passes.fuse_channel_affine_into_gemm import FuseChannelAffineIntoGemm
+from onnxcompress.passes.fuse_clip_chain import FuseClipChain
+from onnxcompress.passes.fuse_concat_chain import FuseConcatChain
+from onnxcompress.passes.fuse_concat_into_conv import FuseConcatIntoConv
+from onnxcompress.passes.fuse_concat_into_gemm import FuseConcatIntoGemm
+from onnxcompress.passes.fuse_constant_affine_chain import FuseConstantAffineChain
+from onnxcompress.passes.fuse_conv_chain import FuseConvChain
+from onnxcompress.passes.fuse_conv_into_conv_transpose import FuseConvIntoConvTranspose
+from onnxcompress.passes.fuse_conv_into_flatten_gemm import FuseConvIntoFlattenGemm
+from onnxcompress.passes.fuse_conv_into_global_pool_gemm import FuseConvIntoGlobalPoolGemm
+from onnxcompress.passes.fuse_gemm_chain import FuseGemmChain
+from onnxcompress.passes.fuse_left_matmul_chain import FuseLeftMatMulChain
+from onnxcompress.passes.fuse_matmul_add_into_gemm import FuseMatMulAddIntoGemm
+from onnxcompress.passes.fuse_pad_into_conv import FusePadIntoConv
+from onnxcompress.passes.fuse_pad_into_pool import FusePadIntoPool
+from onnxcompress.passes.fuse_parallel_convs import FuseParallelConvs
+from onnxcompress.passes.fuse_parallel_gemms import FuseParallelGemms
+from onnxcompress.passes.fuse_reshape_chain import FuseReshapeChain
+from onnxcompress.passes.fuse_sibling_convs import FuseSiblingConvs
+from onnxcompress.passes.fuse_skip_into_conv import FuseSkipIntoConv
+from onnxcompress.passes.fuse_slice_chain import FuseSliceChain
+from onnxcompress.passes.fuse_transpose_chain import FuseTransposeChain
+from onnxcompress.passes.inline_constant_if import InlineConstantIf
+from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
+from onnxcompress.passes.replace_conv_before_pool import ReplaceConvBeforePool
+from onnxcompress.passes.simplify_shape_computation import SimplifyShapeComputation
 
 # Within a group the order is the order of running; the reasons stand beside the lines.
-CLEANUP = ()
+CLEANUP = (
+    ReplaceConstantNodes,
+    InlineConstantIf,
+    EliminateDeadCode,
+    FoldConstants,
+    SimplifyShapeComputation,
+    EliminateIdentity,
+    EliminateDropout,
+    EliminateNoopCast,
+    EliminateNoopReshape,
+    EliminateNoopTranspose,
+    EliminateNoopSlice,
+    EliminateNoopConcat,
+    EliminateNoopPad,
+    EliminateNoopResize,
+    EliminateNoopArithmetic,
+    EliminateNoopExpand,
+    EliminateNoopReduce,
+    EliminateNoopSplit,
+    EliminateNoopClip,
+    EliminateRedundantActivation,
+    FuseClipChain,
+    FuseTransposeChain,
+    FuseReshapeChain,
+    FuseConcatChain,
+    FuseSliceChain,
+    FuseCastChain,
+    DeduplicateInitializers,
+    DeduplicateNodes,
+)
 FUSION = ()
-FOLDING = (FuseBatchNormIntoConv,)
-MERGING = ()
+FOLDING = (
+    FuseConstantAffineChain,
+    FuseBatchNormIntoConv,
+    FuseBatchNormIntoGemm,
+    FuseChannelAffineIntoConv,
+    FuseChannelAffineIntoGemm,
+    FuseMatMulAddIntoGemm,
+    FusePadIntoConv,
+    FusePadIntoPool,
+    FuseBatchNormIntoNextConv,
+    FuseBatchNormIntoNextGemm,
+)
+MERGING = (
+    FuseConvChain,
+    FuseParallelConvs,
+    FuseSkipIntoConv,
+    FuseConcatIntoConv,
+    FuseSiblingConvs,
+    FuseConvIntoConvTranspose,
+    FuseConvIntoGlobalPoolGemm,
+    ReplaceConvBeforePool,
+    FuseConvIntoFlattenGemm,
+    FuseGemmChain,
+    FuseLeftMatMulChain,
+    FuseParallelGemms,
+    FuseConcatIntoGemm,
+)
