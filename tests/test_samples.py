@@ -75,8 +75,10 @@ REFUSES_NAIVE = {
         "g (int64[N] i) => (float[N,4] y) { a = Sub(i, five)  b = Mul(a, one)  y = Gather(W, b) }",
         {"W": W34, "five": np.array(-5 + 3), "one": np.array(1)},
     ),
-    "quantized table": (
-        "g (int64[N] i, float[1] s) => (float[N,4] y) { t = DequantizeLinear(W, k)  y = Gather(t, i) }",
+    "quantized table in a branch": (
+        """g (int64[N] i, bool c) => (float[N,4] y) {
+            y = If(c) <then_branch = t () => (float[N,4] a) { d = DequantizeLinear(W, k)  a = Gather(d, i) },
+                       else_branch = e () => (float[N,4] b) { n = DequantizeLinear(W, k)  b = Gather(n, i) }> }""",
         {"W": np.arange(12, dtype=np.int8).reshape(3, 4), "k": np.float32(0.5)},
     ),
     "captured by a branch": (
