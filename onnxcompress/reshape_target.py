@@ -8,16 +8,19 @@ from onnxcompress.polynomial import Size
 from onnxcompress.sizes import Sizes
 
 
-def constant_target(sizes: Sizes, source: Sequence[Size], wanted: Sequence[Size | None]) -> list[int] | None:
+def constant_target(
+    sizes: Sizes, source: Sequence[Size], wanted: Sequence[Size | None], left_over: int | None = None
+) -> list[int] | None:
     """Numbers, 0 where an axis keeps its size (allowzero = 0), and at most one -1; None where they do not exist.
 
     The number of elements is the same in both shapes, so what a -1 takes is right without a proof. But a Reshape with
-    -1 fails when another axis is empty, so the others must be proven not to be.
+    -1 fails when another axis is empty, so the others must be proven not to be, unless it failed before for that.
 
     Args:
         sizes: What is known of the sizes.
         source: Shape of the input.
         wanted: Shape to make; None for a size about which nothing is known.
+        left_over: The axis at which the original target has its -1.
     """
     target: list[int] = []
     nonempty = True
@@ -29,5 +32,12 @@ def constant_target(sizes: Sizes, source: Sequence[Size], wanted: Sequence[Size 
             nonempty = nonempty and sizes.is_positive(size)
         else:
             target.append(-1)
-    unknown = target.count(-1)
-    return target if unknown == 0 or (unknown == 1 and nonempty) else None
+    unknown = [axis for axis, size in enumerate(target) if size == -1]
+    if not unknown or (len(unknown) == 1 and (nonempty or unknown[0] == left_over)):
+        return target
+    return None
+
+
+def left_over_axis(target: Sequence[Size]) -> int | None:
+    """The axis of a Reshape target's -1, when it has one."""
+    return next((axis for axis, size in enumerate(target) if size.known == -1), None)

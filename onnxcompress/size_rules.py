@@ -56,15 +56,14 @@ def _cast(sizes: Sizes, node: Node) -> Values | None:
         return None
     if np.dtype(dtype) == np.int64:
         return source
-    limits = np.iinfo(np.dtype(dtype))
-    for item in source.items:
-        if item.known is not None:
-            if not limits.min <= item.known <= limits.max:
-                return None
+    limits, output, items = np.iinfo(np.dtype(dtype)), node.outputs[0], []
+    for i, item in enumerate(source.items):
         # No axis has 2^31 elements where a model computes with its length in int32.
-        elif np.dtype(dtype) != np.int32 or not item.is_unknown or not sizes.is_not_negative(item):
-            return None
-    return source
+        fits = np.dtype(dtype) == np.int32 and sizes.is_axis_length(item)
+        if item.known is not None:
+            fits = limits.min <= item.known <= limits.max
+        items.append(item if fits else sizes.unknown((output, "element", i)))
+    return _values(items, source.scalar)
 
 
 def _gather(sizes: Sizes, node: Node) -> Values | None:

@@ -55,6 +55,7 @@ class Sizes:
         # Shared with the outer graphs: one unknown has one number.
         self._unknowns: dict[Hashable, int] = {} if outer is None else outer._unknowns
         self._not_negative: set[int] = set() if outer is None else outer._not_negative
+        self._lengths: set[Size] = set() if outer is None else outer._lengths
         # Names that inference gave to sizes which are polynomials of others.
         self._alias: dict[str, Size] = {} if outer is None else outer._alias
         self._values: dict[Tensor, Values] = {} if outer is None else dict(outer._values)
@@ -68,7 +69,9 @@ class Sizes:
         """The shape of a tensor; None when its rank is not known."""
         if tensor is None or tensor.shape is None:
             return None
-        return tuple(self._dim(tensor, axis, dim) for axis, dim in enumerate(tensor.shape))
+        found = tuple(self._dim(tensor, axis, dim) for axis, dim in enumerate(tensor.shape))
+        self._lengths.update(found)
+        return found
 
     def values(self, tensor: Tensor | None) -> Values | None:
         """The elements of a small integer tensor; None when they are not followed."""
@@ -89,6 +92,10 @@ class Sizes:
     def is_not_negative(self, size: Size) -> bool:
         """Whether ``size`` is proven to be 0 or more."""
         return all(k > 0 and self._not_negative.issuperset(monomial) for monomial, k in size.terms)
+
+    def is_axis_length(self, size: Size) -> bool:
+        """Whether ``size`` is the length of an axis of some tensor, not only a number computed from lengths."""
+        return size in self._lengths
 
     def is_positive(self, size: Size) -> bool:
         """Whether ``size`` is proven to be 1 or more."""

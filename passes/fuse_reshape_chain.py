@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, optional_input, rank
 from onnxcompress.polynomial import Size
-from onnxcompress.reshape_target import constant_target
+from onnxcompress.reshape_target import constant_target, left_over_axis
 from onnxcompress.rewrite import Miss, remove_if_unread
 from onnxcompress.sizes import Sizes, SizesPass
 
@@ -54,7 +54,8 @@ class FuseReshapeChain(SizesPass[Site]):
             return Site(first, node, keep_second=True)
         if before is None or after is None:
             return Miss(node.name, "a shape is not known")
-        target = constant_target(sizes, before, after)
+        given = sizes.values(optional_input(node, 1)) if node.op == "Reshape" else None
+        target = constant_target(sizes, before, after, None if given is None else left_over_axis(given.items))
         if target is None:
             return Miss(node.name, "no constant target makes the shape for every size")
         return Site(first, node, target=tuple(target))

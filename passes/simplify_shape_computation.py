@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, numpy_dtype, optional_input
-from onnxcompress.reshape_target import constant_target
+from onnxcompress.reshape_target import constant_target, left_over_axis
 from onnxcompress.rewrite import Miss
 from onnxcompress.size_rules import VALUES
 from onnxcompress.sizes import SizesPass, known_or
@@ -69,7 +69,7 @@ class SimplifyShapeComputation(SizesPass[Site]):
         if dims is None or target is None or is_constant(node.inputs[1]):
             return None
         wanted = sizes.reshaped(dims, target.items, allow_zero=bool(node.attrs.get("allowzero", 0)))
-        constant = None if wanted is None else constant_target(sizes, dims, wanted)
+        constant = None if wanted is None else constant_target(sizes, dims, wanted, left_over_axis(target.items))
         if constant is None:
             return Miss(node.name, "no constant target makes the shape for every size")
         return Site(node, index=1, constant=tuple(constant))

@@ -31,7 +31,8 @@ def target(proto):
     ("x", "shape", "dims", "expected"),
     [
         ("N,3,8", "Concat<axis = 0>(n1, four1, minus1)", 3, [0, 4, 6]),  # what -1 takes is known
-        ("N,3,M", "Concat<axis = 0>(n1, minus1)", 2, None),  # an empty batch has no -1
+        ("N,3,M", "Concat<axis = 0>(n1, minus1)", 2, [0, -1]),
+        ("N,3,M", "Concat<axis = 0>(n1, m3)", 2, None),  # an empty batch has no -1, where m3 is fine
         ("N,3,8", "Concat<axis = 0>(n1, four1, n1)", 3, None),
         ("N,3,8", "Concat<axis = 0>(n1, two1, three1, four1)", 4, [0, 2, 3, 4]),
         ("N,3,M", "Concat<axis = 0>(n1, three1, m1)", 3, [0, 3, 0]),
@@ -41,11 +42,11 @@ def target(proto):
         ("N,3,8", "Concat<axis = 0>(three, eight1)", 2, [-1, 8]),
         ("N,3,M", "Unsqueeze(all, zero1)", 1, [-1]),
         ("N,3,8", "Concat<axis = 0>(zero1, two1, minus1)", 3, "constant"),
-        ("M,N,8", "Concat<axis = 0>(n1, one1, minus1)", 3, None),
+        ("M,N,8", "Concat<axis = 0>(n1, one1, minus1)", 3, [0, 1, -1]),
     ],
 )
 def test_reshape(x, shape, dims, expected):
-    body = f"t3 = Mul(n, four) t2 = Sub(t3, n) three = Unsqueeze(t2, zero1) all = Size(x) t = {shape} v = Reshape(x, t)"
+    body = f"t3 = Mul(n, four) t2 = Sub(t3, n) three = Unsqueeze(t2, zero1) all = Size(x) m3 = Mul(m1, three1) t = {shape} v = Reshape(x, t)"
     before = build(x, body, dims=dims)
     after, result = apply(SimplifyShapeComputation(), before)
     if expected != "constant":
