@@ -149,7 +149,7 @@ def extend_forward(graph: Graph, affine: ChannelAffine, tensor_rank: int | None,
         affine = affine.then(step)
 
 
-def extend_backward(graph: Graph, affine: ChannelAffine, tensor_rank: int, axis: int = 1) -> ChannelAffine:
+def extend_backward(graph: Graph, affine: ChannelAffine, tensor_rank: int | None, axis: int = 1) -> ChannelAffine:
     """The run continued towards the input for as long as its source is made by such a node and read by it alone."""
     while True:
         maker = graph.producer(affine.source)
@@ -161,7 +161,7 @@ def extend_backward(graph: Graph, affine: ChannelAffine, tensor_rank: int, axis:
         affine = step.then(affine)
 
 
-def why_not_same_shape(affine: ChannelAffine, tensor_rank: int, axis: int) -> str | None:
+def why_not_same_shape(affine: ChannelAffine, tensor_rank: int | None, axis: int) -> str | None:
     """The reason why the first node of a run may give its source another shape (a broadcast), or None."""
     node = affine.nodes[0]
     if node.op in ("BatchNormalization", "Neg"):
@@ -171,7 +171,7 @@ def why_not_same_shape(affine: ChannelAffine, tensor_rank: int, axis: int) -> st
     assert shape is not None
     if math.prod(shape) == 1 and len(shape) <= 1:
         return None
-    if rank(affine.source) != tensor_rank:
+    if tensor_rank is None or rank(affine.source) != tensor_rank:
         return "the rank of what the constant is applied to is not known, or smaller"
     if math.prod(shape) > 1 and affine.source.shape[axis] != len(affine.scale):
         return "the constant may broadcast the channel axis"

@@ -4,7 +4,7 @@
     after    y = x * 0.08333            y = 2 - x               y = (x + 2.5) * 8
 
 Any constants that broadcast, as long as theirs together is no larger. A run that begins with a shift keeps it in front:
-where x + t cancels, s * x + s * t would not. Floats are exact up to rounding: max|d| / max|y| was 3.1e-7 at worst over
+where x + t cancels, s * x + s * t would not. Floats are exact up to rounding: max|d| / max|y| was 3.5e-7 at worst over
 2000 random runs. Integers are exact bit by bit: sums and products only, and only what does not overflow.
 """
 
@@ -119,7 +119,8 @@ def compose(nodes: list[Node], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
             return "a constant divides by zero"
         else:
             scale, shift = scale / c, shift / c
-    return np.asarray(scale), np.asarray(shift)
+    # Operations on arrays without axes give scalars.
+    return np.asarray(scale, number), np.asarray(shift, number)
 
 
 def shortest(scale: np.ndarray, shift: np.ndarray, dtype: np.dtype, *, shift_first: bool) -> list[Step]:
@@ -143,8 +144,9 @@ def shortest(scale: np.ndarray, shift: np.ndarray, dtype: np.dtype, *, shift_fir
 
 def to_dtype(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Values in the element type. OverflowError where one does not fit or would lose its digits."""
+    values = np.asarray(values)
     if dtype.kind == "f":
-        rounded = cast(values, dtype)
+        rounded = np.asarray(cast(values, dtype))
         tiny = np.finfo(dtype).tiny
         if ((values != 0) & (np.abs(values) < tiny)).any():
             raise OverflowError(f"a constant below the normal range of {dtype} ({tiny:.3g}) would be needed")
@@ -152,7 +154,7 @@ def to_dtype(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     limits = np.iinfo(dtype)
     if (values < limits.min).any() or (values > limits.max).any():
         raise OverflowError(f"a constant would not fit {dtype}")
-    return values.astype(dtype)
+    return np.asarray(values.astype(dtype))
 
 
 def fit(steps: list[Step], shape: tuple[int, ...], limit_bytes: int) -> list[Step] | str:
@@ -163,7 +165,7 @@ def fit(steps: list[Step], shape: tuple[int, ...], limit_bytes: int) -> list[Ste
     if np.broadcast_shapes(*(values.shape for values in arrays)) != shape:
         op, last, first = steps[-1]
         assert last is not None, "the last step has a constant where there is one"
-        steps = [*steps[:-1], (op, np.broadcast_to(last, np.broadcast_shapes(last.shape, shape)), first)]
+        steps = [*steps[:-1], (op, np.broadcast_to(last, np.broadcast_shapes(last.shape, shape)).copy(), first)]
     total = sum(values.nbytes for _, values, _ in steps if values is not None)
     if total > limit_bytes:
         return f"the constants would grow from {limit_bytes} to {total} bytes"

@@ -125,6 +125,11 @@ def test_sizes_need_not_be_known(flat):
     fused(text, [flat[:7].rstrip("("), "Gemm"], sizes={"p": 4, "q": 2}, **constants)
 
 
+def test_batchnorm_knows_its_channels():
+    text = f"g (float[N,d,4,2] x) => ({Y}) {{ {BN} f = Flatten(a) y = Gemm(f, W, c) }}"
+    fused(text, ["Flatten", "Gemm"], sizes={"d": 3}, **weights(3, 24))
+
+
 @pytest.mark.parametrize("x", ["N,3,p,q", "N,3,p"])
 def test_mean_of_an_affine_map(x):
     constants = weights(3, 3)
@@ -166,18 +171,21 @@ NEAR_MISSES = {
     "rank unknown": (
         f"g ({X}, int64[r] i) => ({Y}) {{ u = Reshape(x, i) a = Mul(u, k) p = MatMul(a, W) y = Flatten<axis=-1>(p) }}"
     ),
+    "vector": "g (float[N,5] x) => (float[N] y) { a = Mul(x, k) y = MatMul(a, t) }",
     "underflow": f"g ({X}) => ({Y}) {{ a = Mul(x, tiny) y = Gemm(a, W) }}",
     "MatMul underflow": f"g ({X}) => ({Y}) {{ a = Mul(x, tiny) y = MatMul(a, W) }}",
     "shift of a batch": "g (float[3,N,5] x) => (float[3,N,6] y) { b = Mul(x, k) a = Add(b, t) y = MatMul(a, W3) }",
 }
+SQUARE = "float[N,4,6,2] x"
 FLAT_NEAR_MISSES = {
-    "flattened elsewhere": "f = Flatten<axis=2>(a) y = Gemm(f, W8)",
-    "reshaped elsewhere": "f = Reshape(a, halves) y = Gemm(f, W12)",
-    "zero of allowzero": "f = Reshape<allowzero=1>(a, moved) y = MatMul(f, W12)",
-    "shape is an input": "f = Reshape(a, i) y = Gemm(f, W24)",
-    "read twice": "f = Flatten(a) y = Gemm(f, W24) z = Relu(f)",
-    "pooled after": "u = Reshape(a, turned) q = GlobalAveragePool(u) f = Flatten(q) y = Gemm(f, W4)",
+    "flattened elsewhere": "f = Flatten<axis=2>(a) y = Gemm(f, W12)",
+    "reshaped elsewhere": "f = Reshape(a, halves) y = Gemm(f, W24)",
+    "three axes": "f = Reshape(a, three) y = MatMul(f, W12)",
+    "read twice": "f = Flatten(a) y = Gemm(f, W48) z = Relu(f)",
+    "pooled after": "u = Reshape(a, twice) q = GlobalAveragePool(u) f = Flatten(q) y = Gemm(f, W4)",
 }
+FLAT_WEIGHTS = {f"W{rows}": np.random.default_rng(rows).normal(size=(rows, 6)).astype(F) for rows in (4, 12, 24, 48)}
+FLAT_WEIGHTS |= {"halves": np.array([-1, 24]), "three": np.array([0, 4, 12]), "twice": np.array([-1, 4, 6])}
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
@@ -198,15 +206,26 @@ def test_near_miss_is_left_alone(name):
 
 @pytest.mark.parametrize("name", FLAT_NEAR_MISSES)
 def test_other_rows_are_left_alone(name):
-    extra = {f"W{rows}": np.ones((rows, 6), F) for rows in (4, 8, 12, 24)}
-    extra |= {"halves": np.array([-1, 12]), "moved": np.array([4, 12]), "turned": np.array([0, 4, 3, 2])}
-    inputs = "float[N,3,p,q] x, int64[2] i" if name == "shape is an input" else IMAGE
-    outputs = "float[M,6] y, float[N,24] z" if name == "read twice" else "float[M,6] y"
-    before = model(f"g ({inputs}) => ({outputs}) {{ {BN} {FLAT_NEAR_MISSES[name]} }}", **weights(3), **extra)
+    outputs = {"read twice": "float[M,6] y, float[N,48] z", "three axes": "float[N,4,6] y"}.get(name, "float[M,6] y")
+    before = model(f"g ({SQUARE}) => ({outputs}) {{ {BN} {FLAT_NEAR_MISSES[name]} }}", **weights(4), **FLAT_WEIGHTS)
     after, result = apply(FuseBatchNormIntoNextGemm(), before)
     assert result.rewrites == 0 and len(result.misses) == 1 and ops(after) == ops(before)
-    if name != "shape is an input":
-        assert_equivalent(before, after)
+    assert_equivalent(before, after)
+
+
+@pytest.mark.parametrize("reshape", ["Reshape(a, i)", "Reshape<allowzero=1>(a, zero)"])
+def test_shapes_that_may_move_samples_are_left_alone(reshape):
+    text = f"g (float[N,4,p,q] x, int64[2] i) => ({Y}) {{ {BN} f = {reshape} y = Gemm(f, W48) }}"
+    graph = graph_of(model(text, zero=np.array([0, 48]), **weights(4), **FLAT_WEIGHTS))
+    result = FuseBatchNormIntoNextGemm().apply(graph)
+    assert result.rewrites == 0 and len(result.misses) == 1
+
+
+def test_scalar_that_a_constant_makes_a_row_is_left_alone():
+    text = "g (float[N] x, int64[r] i) => (float[n,6] y) { u = Reshape(x, i) a = Mul(u, six) y = MatMul(a, W1) }"
+    before = model(text, W1=np.ones((1, 6), F), **weights())
+    after, result = apply(FuseBatchNormIntoNextGemm(), before)
+    assert result.rewrites == 0 and len(result.misses) == 1 and ops(after) == ops(before)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +236,12 @@ def test_other_rows_are_left_alone(name):
         "a = Div(six, x) y = Gemm(a, W)",
         f"{BN} y = MatMul(a, u)",
         "a = Mul(u, six) y = MatMul(x, a)",
+        "a = Neg(row) y = Gemm(a, W)",
         f"{BN} f = Flatten(a) y = Relu(f)",
     ],
 )
 def test_other_forms_are_not_the_pattern(calls):
-    before = model(f"g ({X}, float[5,6] u) => (float[N,n] y) {{ {calls} }}", **weights())
+    before = model(f"g ({X}, float[5,6] u) => (float[N,n] y) {{ {calls} }}", row=np.ones((1, 5), F), **weights())
     _, result = apply(FuseBatchNormIntoNextGemm(), before)
     assert result.rewrites == 0 and not result.misses
 
