@@ -31,6 +31,7 @@ from onnxcompress.passes.fuse_batchnorm_into_gemm import FuseBatchNormIntoGemm
 from onnxcompress.passes.fuse_batchnorm_into_next_conv import FuseBatchNormIntoNextConv
 from onnxcompress.passes.fuse_batchnorm_into_next_gemm import FuseBatchNormIntoNextGemm
 from onnxcompress.passes.fuse_cast_chain import FuseCastChain
+from onnxcompress.passes.fuse_channel_affine_into_batchnorm import FuseChannelAffineIntoBatchNorm
 from onnxcompress.passes.fuse_channel_affine_into_conv import FuseChannelAffineIntoConv
 from onnxcompress.passes.fuse_channel_affine_into_gemm import FuseChannelAffineIntoGemm
 from onnxcompress.passes.fuse_clip_chain import FuseClipChain
@@ -100,6 +101,7 @@ FOLDING = (
     FuseMatMulAddIntoGemm,
     FusePadIntoConv,
     FusePadIntoPool,
+    FuseChannelAffineIntoBatchNorm,
     FuseBatchNormIntoNextConv,
     FuseBatchNormIntoNextGemm,
 )
