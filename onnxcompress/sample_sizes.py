@@ -94,20 +94,20 @@ def axis_kind(shape: InputShape, axis: int) -> str:
     words = [] if unnamed else words_of(name)
     whole_number = shape.elem_type not in _FLOATS
     batch_like = not unnamed and ("batch" in name.lower() or not _BATCH.isdisjoint(words))
-    if batch_like or (axis == 0 and words in (["n"], ["b"])):
+    if batch_like or (axis == 0 and rank >= 2 and words in (["n"], ["b"])):
         return "batch"
     if not _PAST.isdisjoint(words):
         return "past"
     spatial = _spatial_kind(dims, axis, words)
     if spatial:
         return spatial
-    if axis == 0 and (rank >= 2 or whole_number) and _SEQUENCE.isdisjoint(words):
+    if axis == 0 and rank >= 2 and _SEQUENCE.isdisjoint(words):
         return "batch"
     if axis == 1 and rank == 3 and has_word(shape.name, _STATE):
         return "batch"
     if not _AUDIO.isdisjoint(words) or (axis == rank - 1 and rank <= 3 and has_word(shape.name, _AUDIO)):
         return "audio"
-    if whole_number or not _SEQUENCE.isdisjoint(words):
+    if (whole_number and rank >= 2) or not _SEQUENCE.isdisjoint(words):
         return "sequence"
     return "other"
 

@@ -216,6 +216,14 @@ def test_an_index_follows_the_size_of_its_dimension(run_of):
         assert feed["i"].max() == len(feed["x"]) - 1
 
 
+def test_a_list_is_no_batch_unless_it_goes_with_one(run_of):
+    text = "g (float[n] x, int64[3] s) => (float[A] a, float[B] b, float[C] c) { a, b, c = Split(x, s) }"
+    assert [feed["x"].shape for feed in found(run_of, text)] == [(16,), (8,)]
+    text = "g (int64[n] k, float[n,4] x) => (float[n,4] y) { c = Cast<to=1>(k)  d = Unsqueeze(c, one)  y = Mul(x, d) }"
+    samples = found(run_of, text, weights={"one": np.array([1])})
+    assert [feed["k"].shape for feed in samples] == [(2,), (1,)]
+
+
 def test_axes_of_one_name_have_one_size_and_two_sizes_in_all(run_of):
     text = "g (float[batch,T] x, float[batch,T] y, float[T] z) => (float[batch,T] s) { a = Add(x, y)  s = Add(a, z) }"
     samples = found(run_of, text)
