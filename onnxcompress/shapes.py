@@ -11,13 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
 
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Tensor, Variable
 from onnxcompress.model_io import element_dtype, to_proto
+from onnxcompress.size_rules import SHAPES
+from onnxcompress.sizes import Sizes
 
 logger = logging.getLogger(__name__)
+
+MAX_REFINEMENTS = 8  # inferences, each going on from shapes that were computed after the one before
 
 
 def infer_shapes(graph: Graph, *, known: Mapping[str, Tensor] | None = None) -> None:
@@ -40,12 +45,32 @@ def infer_shapes(graph: Graph, *, known: Mapping[str, Tensor] | None = None) -> 
     for value in skeleton.graph.input:
         _name_sizes(value)
     _read_inputs(graph, skeleton.graph)
-    try:
-        inferred = shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)
-    except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
-        logger.info("shape inference failed: %s", str(error).splitlines()[0])
-        return
-    _read(graph, inferred.graph)
+    for _ in range(MAX_REFINEMENTS):
+        try:
+            inferred = shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)
+        except (shape_inference.InferenceError, RuntimeError, ValueError) as error:
+            logger.info("shape inference failed: %s", str(error).splitlines()[0])
+            return
+        _read(graph, inferred.graph)
+        told = {value.name for value in [*skeleton.graph.value_info, *skeleton.graph.output]}
+        more = [value for value in _computed_shapes(graph) if value.name not in told]
+        if not more:
+            return
+        skeleton.graph.value_info.extend(more)
+
+
+def _computed_shapes(graph: Graph) -> list[ValueInfoProto]:
+    """Shapes that onnx's inference leaves open where they are computed, for it to go on from."""
+    open_nodes = [node for node in graph.nodes if node.op in SHAPES and node.outputs and node.outputs[0].shape is None]
+    if not open_nodes:
+        return []
+    sizes, found = Sizes(graph), []
+    for node in open_nodes:
+        output, dims = node.outputs[0], sizes.output_dims(node)
+        if dims is not None and output.dtype is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(output.dtype))
+            found.append(onnx.helper.make_tensor_value_info(output.name, kind, [sizes.name(dim) for dim in dims]))
+    return found
 
 
 def _forget_declared(proto: GraphProto) -> None:

@@ -328,9 +328,37 @@ def _shape_of_fill(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
     return None if target is None else target.items
 
 
+def _shape_of_expand(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
+    source, target = sizes.dims(node.inputs[0]), sizes.values(node.inputs[1])
+    if source is None or target is None:
+        return None
+    axes = max(len(source), len(target.items))
+    pairs = zip((ONE,) * (axes - len(source)) + source, (ONE,) * (axes - len(target.items)) + target.items, strict=True)
+    return [broadcast_size(a, b) for a, b in pairs]
+
+
+def broadcast_size(a: Size, b: Size) -> Size | None:
+    """The size of an axis where ``a`` and ``b`` meet: equal, or one of them 1. None where it is not known which."""
+    if a in (b, ONE):
+        return b
+    if b == ONE:
+        return a
+    # A number above 1 stays, whatever the other one is.
+    return next((size for size in (a, b) if size.known is not None and size.known > 1), None)
+
+
+def _shape_of_tile(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
+    source, counts = sizes.dims(node.inputs[0]), sizes.values(node.inputs[1])
+    if source is None or counts is None or len(counts.items) != len(source):
+        return None
+    return [a * b for a, b in zip(source, counts.items, strict=True)]
+
+
 SHAPES: dict[str, ShapeRule] = {
     "Concat": _shape_of_concat,
     "ConstantOfShape": _shape_of_fill,
+    "Expand": _shape_of_expand,
     "Flatten": _shape_of_flatten,
     "Reshape": _shape_of_reshape,
+    "Tile": _shape_of_tile,
 }

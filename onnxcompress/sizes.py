@@ -20,7 +20,6 @@ import numpy as np
 from onnxcompress import size_rules
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, optional_input, static_shape
 from onnxcompress.polynomial import Size, product
-from onnxcompress.rewrite import PassResult, RewritePass, S
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,17 @@ class Sizes:
         found = tuple(self._dim(tensor, axis, dim) for axis, dim in enumerate(tensor.shape))
         self._lengths.update(found)
         return found
+
+    def output_dims(self, node: Node) -> Sequence[Size | None] | None:
+        """The shape that a node gives its first output, computed from its inputs; None where that is not followed."""
+        return size_rules.SHAPES[node.op](self, node) if node.op in size_rules.SHAPES and is_op(node, node.op) else None
+
+    def name(self, size: Size | None) -> int | str | None:
+        """A size as ``tensor.shape`` holds it: a number or a symbolic name; None where it has neither."""
+        if size is None or size.known is not None:
+            return None if size is None else size.known
+        key = next((key for key, number in self._unknowns.items() if size == Size.unknown(number)), None)
+        return key if isinstance(key, str) else None
 
     def values(self, tensor: Tensor | None) -> Values | None:
         """The elements of a small integer tensor; None when they are not followed."""
@@ -176,7 +186,7 @@ class Sizes:
 
     def _name(self, node: Node) -> None:
         """Learn what the names that inference gave to an output's sizes stand for."""
-        found, shape = size_rules.SHAPES[node.op](self, node), node.outputs[0].shape
+        found, shape = self.output_dims(node), node.outputs[0].shape
         if found is None or shape is None or len(found) != len(shape):
             return
         for dim, size in zip(shape, found, strict=True):
@@ -206,18 +216,3 @@ def known_or(sizes: Sizes, tensor: Tensor | None, default: Iterable[int]) -> lis
         return list(default)
     values = sizes.values(tensor)
     return None if values is None or values.known is None else list(values.known)
-
-
-class SizesPass(RewritePass[S]):
-    """A pass that asks for ``Sizes``: made at most once per graph and sweep."""
-
-    def sweep(self, graph: Graph, result: PassResult) -> None:
-        if graph.outer is None:
-            self._sizes: dict[Graph, Sizes] = {}  # shapes were inferred anew
-        super().sweep(graph, result)
-
-    def sizes(self, graph: Graph) -> Sizes:
-        """What is known of the sizes in ``graph``."""
-        if graph not in self._sizes:
-            self._sizes[graph] = Sizes(graph, None if graph.outer is None else self.sizes(graph.outer))
-        return self._sizes[graph]

@@ -13,7 +13,7 @@ from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, same_shape
 from onnxcompress.polynomial import Size
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes import SizesPass
+from onnxcompress.sizes_pass import SizesPass
 
 
 class EliminateNoopExpand(SizesPass[Bypass], BypassPass):

@@ -14,7 +14,8 @@ from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, optional_input, rank, same_shape
 from onnxcompress.polynomial import Size
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes import Sizes, SizesPass
+from onnxcompress.sizes import Sizes
+from onnxcompress.sizes_pass import SizesPass
 
 
 class EliminateNoopReshape(SizesPass[Bypass], BypassPass):

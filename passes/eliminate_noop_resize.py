@@ -13,7 +13,7 @@ import numpy as np
 from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, optional_input, rank
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes import SizesPass
+from onnxcompress.sizes_pass import SizesPass
 
 
 class EliminateNoopResize(SizesPass[Bypass], BypassPass):

@@ -13,7 +13,8 @@ from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor
 from onnxcompress.polynomial import Size
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes import Sizes, SizesPass, slice_bounds
+from onnxcompress.sizes import Sizes, slice_bounds
+from onnxcompress.sizes_pass import SizesPass
 
 # No axis is longer, and exporters write it for "to the end", as they do with the greatest int64.
 NO_END = (1 << 31) - 1

@@ -17,7 +17,8 @@ from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, optio
 from onnxcompress.polynomial import Size
 from onnxcompress.reshape_target import constant_target, left_over_axis
 from onnxcompress.rewrite import Miss, remove_if_unread
-from onnxcompress.sizes import Sizes, SizesPass
+from onnxcompress.sizes import Sizes
+from onnxcompress.sizes_pass import SizesPass
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 

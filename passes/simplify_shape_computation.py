@@ -19,7 +19,8 @@ from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, numpy
 from onnxcompress.reshape_target import constant_target, left_over_axis
 from onnxcompress.rewrite import Miss
 from onnxcompress.size_rules import VALUES
-from onnxcompress.sizes import SizesPass, known_or
+from onnxcompress.sizes import known_or
+from onnxcompress.sizes_pass import SizesPass
 
 TO_THE_END = (1 << 63) - 1
 

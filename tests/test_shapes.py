@@ -46,3 +46,15 @@ def test_declared_loop_state_shape_is_not_believed():
         }>
     }""")
     assert found["s"] is None and found["r"] is None and found["t"] is None and found["y"] is None
+
+
+def test_computed_target_makes_the_rank_known():
+    """onnx's inference gives up at the Reshape; what comes after it needs the rank."""
+    found = shapes("""g (float[N,M,8] x) => (float[a,b,c] y)
+    <int64[1] i = {1}, int64[1] j = {2}, int32[1] eight = {8}> {
+        s = Shape(x) m = Slice(s, i, j) m32 = Cast<to = 6>(m) k32 = Mul(m32, eight) k = Cast<to = 7>(k32)
+        n = Shape<end = 1>(x) t = Concat<axis = 0>(n, k) r = Reshape(x, t)
+        u = Unsqueeze(r, i) v = Transpose(u) y = Relu(v)
+    }""")
+    assert len(found["r"]) == 2 and found["r"][0] == "N"
+    assert len(found["y"]) == 3 and found["y"][1:] == [1, "N"] and found["y"][0] == found["r"][1]
