@@ -186,7 +186,7 @@ class BranchPass(RewritePass[BranchMerge]):
 
     def detail(self, site: BranchMerge) -> str:
         terms = " + ".join(branch_text(branch) for branch in site.branches)
-        bias = "" if site.plan.map_shape is None else " with a bias map"
+        bias = " with a bias map" if site.plan.has_map else ""
         return f"{terms} -> Conv {kernel_text(site.plan.conv)}{bias}, {change_in_macs(site.before, site.after)}"
 
 

@@ -44,6 +44,7 @@ class OperatorSpec:
         attrs: Attributes as (name, value) pairs, lists as tuples.
         dtype: Element type, NumPy's name.
         live_shapes: Shapes of further inputs that are not constant.
+        stored_bytes: Bytes of the constant inputs in the file, where that is less than their shapes say.
     """
 
     op: str
@@ -52,9 +53,15 @@ class OperatorSpec:
     attrs: tuple[tuple[str, int | float | tuple[int, ...]], ...] = ()
     dtype: str = "float32"
     live_shapes: tuple[tuple[int, ...], ...] = ()
+    stored_bytes: int | None = None
 
     @property
     def weight_bytes(self) -> int:
+        return self.loaded_bytes if self.stored_bytes is None else self.stored_bytes
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the constant inputs in memory."""
         return sum(math.prod(shape) for shape in self.weight_shapes) * np.dtype(self.dtype).itemsize
 
     @property
@@ -174,7 +181,7 @@ class MacsAndBytes:
     def _latency(self, spec: OperatorSpec) -> float:
         size = np.dtype(spec.dtype).itemsize
         live = [spec.input_shape, *spec.live_shapes, spec.output_shape]
-        moved = sum(math.prod(shape) for shape in live) * size + spec.weight_bytes
+        moved = sum(math.prod(shape) for shape in live) * size + spec.loaded_bytes
         rate = self.dense_macs_per_ms
         if spec.op == "Conv":
             weight, group = spec.weight_shapes[0], int(dict(spec.attrs).get("group", 1))  # type: ignore[arg-type]
@@ -334,9 +341,10 @@ def node_macs(node: Node) -> tuple[int, bool]:
     if is_op(node, "Conv", "ConvInteger", "QLinearConv"):
         weight = node.inputs[3 if node.op == "QLinearConv" else 1]
         out, exact = known_shape(node.outputs[0])
-        if weight.shape is None or out is None:
+        kernel, _ = known_shape(weight)
+        if kernel is None or out is None:
             return 0, False
-        return math.prod(out) * math.prod(int(d) for d in known_shape(weight)[0][1:]), exact  # type: ignore[index]
+        return math.prod(out) * math.prod(kernel[1:]), exact
     if is_op(node, "ConvTranspose"):
         source, exact = known_shape(node.inputs[0])
         weight_shape = static_shape(node.inputs[1])
@@ -373,9 +381,7 @@ def count(graph: Graph) -> GraphCount:
             macs += found
             exact = exact and sure
             for tensor in node.inputs:
-                if hasattr(tensor, "_values") and tensor.dtype != object and np.dtype(tensor.dtype).kind not in "iub":
-                    constants[id(tensor)] = math.prod(tensor.shape)
-                elif hasattr(tensor, "_values") and tensor.dtype is not None and math.prod(tensor.shape) > 64:
+                if (hasattr(tensor, "_values") and tensor.dtype != object and np.dtype(tensor.dtype).kind not in "iub") or (hasattr(tensor, "_values") and tensor.dtype is not None and math.prod(tensor.shape) > 64):
                     constants[id(tensor)] = math.prod(tensor.shape)
             if is_op(node, "Constant") and "value" in node.attrs:
                 constants[id(node)] = math.prod(node.attrs["value"].shape)

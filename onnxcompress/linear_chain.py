@@ -3,7 +3,8 @@
 A chain is affine: f(x) = L(x) + f(0), where L is the chain without its biases and f(0) what the biases alone make of an
 all-zero input. f(0) is known now, whatever padding did to it on the way. L is one zero-padded convolution if
 ``border_class`` says so of every pair that it is put together from, in any order. Then f is exactly conv_L(x) + f(0).
-Where no bias meets padding, f(0) is one number per channel; elsewhere it is a map of the size of the output.
+Where no bias meets padding, f(0) is one number per channel; elsewhere it is a map of the size of the output. Inside all
+its places are alike, so that a map is known by the border around it and one place inside.
 
 A ``Plan`` is made from sizes alone, so that a merge can be priced before its weights are computed.
 """
@@ -25,16 +26,33 @@ APPROXIMATE = "it would be approximate (class 4): padding is read where the oper
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
-    """A convolution and what is added to its output.
+class BiasMap:
+    """What is added to the output of a convolution, as few different rows and columns.
 
     Attributes:
-        conv: Without a bias where there is a map.
-        bias_map: (1, O, *out), with 1 instead of the output size along an axis where it does not vary; or None.
+        values: (1, O, *n), a place of each kind along every axis.
+        places: Per axis, the kind of each place of the output; None where there is one kind.
     """
 
+    values: np.ndarray
+    places: tuple[np.ndarray | None, ...]
+
+    @property
+    def full(self) -> np.ndarray:
+        """(1, O, *out), with 1 instead of the output size along an axis of one kind."""
+        values = self.values
+        for axis, places in enumerate(self.places):
+            if places is not None:
+                values = np.take(values, places, axis + 2)
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A convolution, without a bias where there is a map, and the map or None."""
+
     conv: ConvOp
-    bias_map: np.ndarray | None = None
+    bias_map: BiasMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +63,29 @@ class Plan:
         chains: Each in execution order, all of one input; their outputs are added.
         spatial: Size of that input per axis.
         conv: The merged convolution with weights of zeros that take no memory; with a bias unless there is a map.
-        map_shape: Shape of the bias map, or None.
-        varies: Per axis, whether the bias map varies along it.
+        places: Of the bias map, as in ``BiasMap``; None along every axis where there is no map.
         exactness: Never APPROXIMATE.
     """
 
     chains: tuple[Chain, ...]
     spatial: tuple[int | None, ...]
     conv: ConvOp
-    map_shape: tuple[int, ...] | None
-    varies: tuple[bool, ...]
+    places: tuple[np.ndarray | None, ...]
     exactness: Exactness
+
+    @property
+    def has_map(self) -> bool:
+        return any(places is not None for places in self.places)
+
+    @property
+    def map_shape(self) -> tuple[int, ...]:
+        """Shape of the map unfolded."""
+        return (1, self.conv.out_channels, *(1 if places is None else len(places) for places in self.places))
+
+    @property
+    def kinds_shape(self) -> tuple[int, ...]:
+        """Shape of its different values."""
+        return (1, self.conv.out_channels, *(1 if places is None else int(places.max()) + 1 for places in self.places))
 
     def merge(self) -> Merged:
         """Compute the weights, in float64 up to the end.
@@ -66,13 +96,17 @@ class Plan:
         parts = [reduce(compose, [replace(op.astype(np.float64), bias=None) for op in ops]) for ops in self.chains]
         total = reduce(lambda left, right: add_parallel(left, right, self.spatial), parts)
         dtype = self.conv.weight.dtype
-        if self.map_shape is None and self.conv.bias is None:
+        if not self.has_map and self.conv.bias is None:
             return Merged(total.astype(dtype))
-        field = sum(zero_response(ops, self.spatial, self.varies) for ops in self.chains)
+        varies = [places is not None for places in self.places]
+        field = sum(zero_response(ops, self.spatial, varies) for ops in self.chains)
         assert isinstance(field, np.ndarray)
-        if self.map_shape is None:
+        if not self.has_map:
             return Merged(replace(total, bias=field.reshape(-1)).astype(dtype))
-        return Merged(total.astype(dtype), cast(field[None], dtype))
+        for axis, places in enumerate(self.places):
+            if places is not None:
+                field = np.take(field, np.unique(places, return_index=True)[1], axis + 1)
+        return Merged(total.astype(dtype), BiasMap(cast(field[None], dtype), self.places))
 
 
 class ChainGeometry:
@@ -139,25 +173,34 @@ def _plan(parts: Sequence[tuple[ChainGeometry, int, int]]) -> Plan | str:
     exactness = Exactness.EXACT
     total: ConvOp | None = None
     geometry, start, stop = parts[0]
-    spatial, out = geometry.sizes[start], geometry.sizes[stop]
-    varies = [False] * len(spatial)
+    spatial = geometry.sizes[start]
+    border = [np.zeros(n or 1, bool) for n in geometry.sizes[stop]]
     for part, found in zip(parts, linear, strict=True):
         if found is None:
             return APPROXIMATE
         if total is not None and (reason := why_not_parallel(total, found[0], spatial)) is not None:
             return reason
         total = found[0] if total is None else add_parallel(total, found[0], spatial)
-        axes = _bias_axes(*part)
-        if isinstance(axes, str):
-            return axes
-        varies = [a or b for a, b in zip(varies, axes, strict=True)]
-        exactness = max(exactness, found[1], Exactness.EXACT_WITH_BIAS_MAP if any(axes) else exactness)
+        places = _border(*part)
+        if isinstance(places, str):
+            return places
+        exactness = max(exactness, found[1])
+        if any(axis.any() for axis in places):
+            exactness = Exactness.EXACT_WITH_BIAS_MAP
+        border = [a | b for a, b in zip(border, places, strict=True)]
     assert total is not None
-    conv = _with_channels(total, chains, bias=not any(varies))
-    map_shape = None
-    if any(varies):
-        map_shape = (1, conv.out_channels, *(n if n is not None and v else 1 for n, v in zip(out, varies, strict=True)))
-    return Plan(chains, spatial, conv, map_shape, tuple(varies), exactness)
+    kinds = tuple(_kinds(axis) if axis.any() else None for axis in border)
+    conv = _with_channels(total, chains, bias=all(places is None for places in kinds))
+    return Plan(chains, spatial, conv, kinds, exactness)
+
+
+def _kinds(border: np.ndarray) -> np.ndarray:
+    """Numbers from 0 on: one for each place of the border, and the same one for all inside."""
+    inside = np.flatnonzero(~border)
+    kinds = np.cumsum(border | (np.arange(len(border)) == (inside[0] if inside.size else -1))) - 1
+    if inside.size:
+        kinds[inside] = kinds[inside[0]]
+    return kinds
 
 
 def _why_not_channels(chains: Sequence[Chain]) -> str | None:
@@ -196,9 +239,12 @@ def has_bias(op: ConvOp) -> bool:
     return op.bias is not None and bool(op.bias.any())
 
 
-def _bias_axes(geometry: ChainGeometry, start: int, stop: int) -> list[bool] | str:
-    """Per axis, whether the segment pads what a bias has reached; a reason where that needs an unknown size."""
-    varies = [False] * geometry.ops[start].spatial_rank
+def _border(geometry: ChainGeometry, start: int, stop: int) -> list[np.ndarray] | str:
+    """Per axis, which output places see padding of what a bias has reached; a reason where a size is not known.
+
+    (out,) bool each, (1,) along an axis of unknown size.
+    """
+    border = [np.zeros(n or 1, bool) for n in geometry.sizes[stop]]
     for middle in range(start + 1, stop):
         if not has_bias(geometry.ops[middle - 1]):
             continue
@@ -207,20 +253,14 @@ def _bias_axes(geometry: ChainGeometry, start: int, stop: int) -> list[bool] | s
         places = [(tail[0], middle)] if tail is not None else [(geometry.ops[i], i) for i in range(middle, stop)]
         for op, place in places:
             for axis, size in enumerate(geometry.sizes[place]):
-                if _reads_padding(op, axis, size):
-                    if size is None:
-                        return f"the bias map needs the size of spatial axis {axis}, which is dynamic"
-                    varies[axis] = True
-    return varies
-
-
-def _reads_padding(op: ConvOp, axis: int, size: int | None) -> bool:
-    if op.pads_begin[axis]:
-        return True
-    if size is None:
-        return op.pads_end[axis] > 0
-    last = (op.output_length(axis, size) - 1) * op.strides[axis] + op.reach[axis]
-    return last >= size
+                if size is None and (op.pads_begin[axis] or op.pads_end[axis]):
+                    return f"the bias map needs the size of spatial axis {axis}, which is dynamic"
+                if size is None:
+                    continue
+                starts = np.arange(op.output_length(axis, size)) * op.strides[axis] - op.pads_begin[axis]
+                seen = (starts < 0) | (starts + op.reach[axis] >= size)
+                border[axis] |= seen if tail is not None else seen.any()
+    return border
 
 
 def zero_response(ops: Chain, spatial: Sizes, varies: Sequence[bool]) -> np.ndarray:

@@ -7,6 +7,7 @@ makes the nodes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from onnxcompress.channel_affine import AFFINE_OPS, ChannelAffine, live_operand,
 from onnxcompress.cost import GROWTH_ALLOWANCE_BYTES, CostModel, OperatorSpec, known_shape, why_not_pay
 from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, is_op, optional_input
 from onnxcompress.linear import ConvOp, average_pool_as_conv
-from onnxcompress.linear_chain import Merged, Plan
+from onnxcompress.linear_chain import BiasMap, Merged, Plan
 from onnxcompress.linear_nodes import conv_spec_at, explicit_pads, insert_conv, read_conv
 
 MAX_STEPS = 8
+# A bias map is stored folded if that saves more; constant folding would unfold it for a growth of 1 KB, not for this.
+FOLDING_GAIN_BYTES = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +173,19 @@ def path_specs(nodes: Sequence[Node], ops: Sequence[ConvOp], batch_and_size: Seq
 def plan_specs(plan: Plan, batch_and_size: Sequence[int]) -> list[OperatorSpec]:
     """What a merged convolution costs, with the Add of its bias map."""
     spec = conv_spec_at(plan.conv, batch_and_size)
-    if plan.map_shape is None:
+    if not plan.has_map:
         return [spec]
-    return [spec, OperatorSpec("Add", spec.output_shape, (plan.map_shape,), dtype=spec.dtype)]
+    full, folded = map_bytes(plan.conv.out_channels, plan.places, plan.conv.weight.itemsize)
+    stored = folded if full - folded > FOLDING_GAIN_BYTES else full
+    return [spec, OperatorSpec("Add", spec.output_shape, (plan.map_shape,), dtype=spec.dtype, stored_bytes=stored)]
+
+
+def map_bytes(channels: int, places: Sequence[np.ndarray | None], itemsize: int) -> tuple[int, int]:
+    """Bytes of a bias map as it is, and as its different values and the place of each."""
+    axes = [axis for axis in places if axis is not None]
+    full = channels * math.prod(axis.size for axis in axes) * itemsize
+    values = channels * math.prod(int(axis.max()) + 1 for axis in axes) * itemsize
+    return full, values + sum(axis.size for axis in axes) * np.dtype(np.int32).itemsize
 
 
 def why_not_merge(
@@ -212,11 +225,26 @@ def insert_merged(
     graph: Graph, merged: Merged, source: Tensor, outputs: Sequence[Tensor] | None, *, before: Node, name: str
 ) -> Tensor:
     """Make the Conv, and the Add of its bias map if it has one; returns what they make."""
-    if merged.bias_map is None:
+    bias_map = merged.bias_map
+    if bias_map is None:
         made: Tensor = insert_conv(graph, merged.conv, source, outputs, before=before, name=name).outputs[0]
         return made
     conv = insert_conv(graph, merged.conv, source, None, before=before, name=name)
-    bias = graph.new_constant(f"{name}.bias_map", merged.bias_map)
+    bias = insert_map(graph, bias_map, before=before, name=f"{name}.bias_map")
     added = graph.insert("Add", [conv.outputs[0], bias], outputs, before=before, name=f"{name}.bias_map")
     result: Tensor = added.outputs[0]
     return result
+
+
+def insert_map(graph: Graph, bias_map: BiasMap, *, before: Node, name: str) -> Tensor:
+    """A tensor that holds a bias map: a constant, or Gathers of one, which onnxruntime computes at load."""
+    full, folded = map_bytes(bias_map.values.shape[1], bias_map.places, bias_map.values.itemsize)
+    if full - folded <= FOLDING_GAIN_BYTES:
+        return graph.new_constant(name, bias_map.full)
+    value: Tensor = graph.new_constant(name, bias_map.values)
+    for axis, places in enumerate(bias_map.places):
+        if places is not None:
+            indices = graph.new_constant(f"{name}.places", places.astype(np.int32))
+            gather = graph.insert("Gather", [value, indices], None, {"axis": axis + 2}, before=before, name=name)
+            value = gather.outputs[0]
+    return value

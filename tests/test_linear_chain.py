@@ -58,8 +58,9 @@ def error(plan: Plan, expected, x):
     assert (merged.conv.bias is None) == (plan.conv.bias is None)
     actual = convolve(merged.conv, x)
     if merged.bias_map is not None:
-        assert merged.bias_map.shape == plan.map_shape
-        actual = actual + merged.bias_map
+        assert merged.bias_map.full.shape == plan.map_shape
+        assert merged.bias_map.values.shape == plan.kinds_shape
+        actual = actual + merged.bias_map.full
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-3)
 
 
@@ -110,7 +111,7 @@ def test_classes():
 def test_a_bias_of_zeros_is_none():
     zero = ConvOp(np.ones((4, 2, 1)), np.zeros(4), (1,), (1,), (0,), (0,))
     plan = plan_sum([[zero, conv(3, 4, 3, pads_begin=(1,), pads_end=(1,))]], [None])
-    assert plan.map_shape is None
+    assert not plan.has_map
     assert plan.conv.bias is None
 
 

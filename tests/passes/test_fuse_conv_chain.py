@@ -7,6 +7,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcompress.cost import Price
 from onnxcompress.linear import Exactness
+from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fuse_conv_chain import FuseConvChain
 from onnxcompress.rewrite import Settings
 from onnxcompress.testing import apply, assert_equivalent, graph_of, model, ops
@@ -186,8 +187,19 @@ def inverted_bottleneck(channels, expansion, size):
 
 def test_a_chain_pays_where_its_pairs_do_not():
     after, result = merged(inverted_bottleneck(64, 6, 7), settings=None)
-    assert ops(after) == ["Conv", "Add"]
+    assert ops(after) == ["Conv", "Gather", "Gather", "Add"]
     assert "3 Conv -> 1 Conv 3x3 with a bias map, 2,577,792 -> 1,806,336 MACs" in result.done[0].detail
+
+
+def test_a_large_map_is_stored_folded():
+    before = inverted_bottleneck(16, 6, 56)
+    after, result = merged(before, settings=None)
+    assert ops(after) == ["Conv", "Gather", "Gather", "Add"]
+    assert {tuple(t.dims) for t in after.graph.initializer} == {(16, 16, 3, 3), (1, 16, 3, 3), (56,)}
+    assert result.done[0].exactness is Exactness.EXACT_WITH_BIAS_MAP
+    assert after.ByteSize() < before.ByteSize()
+    folded, result = apply(FoldConstants(), after)
+    assert ops(folded) == ops(after)
 
 
 def test_expansion_by_one_never_pays():
