@@ -49,12 +49,11 @@ def test_declared_loop_state_shape_is_not_believed():
 
 
 def test_computed_target_makes_the_rank_known():
-    """onnx's inference gives up at the Reshape; what comes after it needs the rank."""
-    found = shapes("""g (float[N,M,8] x) => (float[a,b,c] y)
-    <int64[1] i = {1}, int64[1] j = {2}, int32[1] eight = {8}> {
-        s = Shape(x) m = Slice(s, i, j) m32 = Cast<to = 6>(m) k32 = Mul(m32, eight) k = Cast<to = 7>(k32)
-        n = Shape<end = 1>(x) t = Concat<axis = 0>(n, k) r = Reshape(x, t)
-        u = Unsqueeze(r, i) v = Transpose(u) y = Relu(v)
-    }""")
+    """Up to opset 12 onnx's inference gives up at the Reshape; what comes after it needs the rank."""
+    text = """g (float[N,M,8] x) => (float[a,b,c] y) <int64[1] i = {0}, int64[1] j = {1}, int64[1] minus = {-1}> {
+        s = Shape(x) n = Slice(s, i, j) t = Concat<axis = 0>(n, minus) r = Reshape(x, t)
+        u = Unsqueeze<axes = [1]>(r) v = Transpose(u) y = Relu(v)
+    }"""
+    found = shapes(text, opset=12)
     assert len(found["r"]) == 2 and found["r"][0] == "N"
-    assert len(found["y"]) == 3 and found["y"][1:] == [1, "N"] and found["y"][0] == found["r"][1]
+    assert len(found["y"]) == 3 and found["y"][1:] == [1, "N"]
