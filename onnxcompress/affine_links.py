@@ -42,7 +42,12 @@ class Link:
 
 def looks_affine(node: Node | None) -> bool:
     """Whether the node is a Gemm or MatMul with a constant right operand, by its form."""
-    return node is not None and is_op(node, "Gemm", "MatMul") and is_constant(node.inputs[1]) and not is_constant(node.inputs[0])
+    return (
+        node is not None
+        and is_op(node, "Gemm", "MatMul")
+        and is_constant(node.inputs[1])
+        and not is_constant(node.inputs[0])
+    )
 
 
 def read_link(graph: Graph, head: Node) -> Link | str:

@@ -55,7 +55,9 @@ def bench_models(
     options = RunOptions(optimization=optimization, threads=threads)
     protos = [read_proto(path) for path in models]
     for path, proto in zip(models[1:], protos[1:], strict=True):
-        changes = [line for line in interface_differences(protos[0], proto) if line.startswith("input") and "gone" in line]
+        changes = [
+            line for line in interface_differences(protos[0], proto) if line.startswith("input") and "gone" in line
+        ]
         if changes:
             raise RecipeError(f"{path} does not take the inputs of {models[0]}: {changes[0]}")
     set_input_shapes(protos[0], input_shapes or {}, None)

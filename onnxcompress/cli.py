@@ -92,7 +92,7 @@ def cli(verbose: int) -> None:
 # -- types of options ------------------------------------------------------------------------------------------------
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: 1048576, 10K, 5M, 1G; a bare number counts ``unit`` bytes each."""
 
     name = "size"
@@ -112,17 +112,23 @@ class Size(click.ParamType):
         return int(number)
 
 
-class InputShape(click.ParamType):
+class InputShape(click.ParamType[tuple[str, tuple[int, ...]]]):
     """``NAME:1,3,224,224``; names may hold colons, the last one counts; -1 or ? leaves an axis dynamic."""
 
     name = "name:dims"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, tuple[int, ...]]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, tuple[int, ...]]:
         if isinstance(value, tuple):
             return value
         name, colon, dims = str(value).rpartition(":")
         try:
-            shape = tuple(-1 if dim.strip() in ("?", "") else int(dim) for dim in dims.replace("x", ",").split(",")) if dims else ()
+            shape = (
+                tuple(-1 if dim.strip() in ("?", "") else int(dim) for dim in dims.replace("x", ",").split(","))
+                if dims
+                else ()
+            )
         except ValueError:
             self.fail(f"{value!r}: expected NAME:1,3,224,224", param, ctx)
         if not colon or not name:
@@ -152,25 +158,71 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 
 @cli.command()
 @click.argument("models", nargs=-1, metavar="[IN...]", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write: a file, or a folder for several inputs.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where to write: a file, or a folder for several inputs."
+)
 @click.option("--in-place", is_flag=True, help="Replace each input by its result.")
-@click.option("-O", "level", type=click.IntRange(0, 3), default=3, help="How much: " + "; ".join(f"{k} {v}" for k, v in LEVELS.items()) + ".")
+@click.option(
+    "-O",
+    "level",
+    type=click.IntRange(0, 3),
+    default=3,
+    help="How much: " + "; ".join(f"{k} {v}" for k, v in LEVELS.items()) + ".",
+)
 @click.option("--only", multiple=True, metavar="PASS", help="Run these passes only (repeat, or separate by commas).")
 @click.option("--skip", multiple=True, metavar="PASS", help="Leave these passes out.")
-@click.option("--list-passes", is_flag=True, is_eager=True, expose_value=False, callback=_show_passes, help="Show the passes in their order.")
-@click.option("--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Fix an input's shape: NAME:1,3,224,224.")
+@click.option(
+    "--list-passes",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_passes,
+    help="Show the passes in their order.",
+)
+@click.option(
+    "--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Fix an input's shape: NAME:1,3,224,224."
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Fix the dynamic first axis of every input to N.")
-@click.option("--check/--no-check", default=True, help="Compare result and original on onnxruntime before writing (default).")
-@click.option("--verify-each", is_flag=True, help="Check after every pass; the one that breaks the model is named and left out.")
+@click.option(
+    "--check/--no-check", default=True, help="Compare result and original on onnxruntime before writing (default)."
+)
+@click.option(
+    "--verify-each", is_flag=True, help="Check after every pass; the one that breaks the model is named and left out."
+)
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y| of an output.")
-@click.option("--data", metavar="D", help="Samples for the check: .npz, folder of .npy or images, sklearn:digits, module:function.")
+@click.option(
+    "--data",
+    metavar="D",
+    help="Samples for the check: .npz, folder of .npy or images, sklearn:digits, module:function.",
+)
 @click.option("--metric", metavar="M", help="With labelled --data: measure this before and after (top1, top5, ...).")
-@click.option("--max-constant-mb", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Constant folding makes no larger tensor.")
-@click.option("--cost", type=click.Choice(["estimate", "measured"]), default="estimate", show_default=True, help="How merges are priced.")
-@click.option("--allow-approximate", type=click.FloatRange(min=0, min_open=True), metavar="REL", help="Do approximate merges up to this error.")
-@click.option("--latency/--no-latency", default=True, help="Time original and result; a slower result is refused (default).")
+@click.option(
+    "--max-constant-mb",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Constant folding makes no larger tensor.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["estimate", "measured"]),
+    default="estimate",
+    show_default=True,
+    help="How merges are priced.",
+)
+@click.option(
+    "--allow-approximate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="REL",
+    help="Do approximate merges up to this error.",
+)
+@click.option(
+    "--latency/--no-latency", default=True, help="Time original and result; a slower result is refused (default)."
+)
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads for timing; 0 is onnxruntime's choice.")
-@click.option("--custom-ops", type=click.Path(path_type=Path), help="Shared library with custom operators, loaded for the check.")
+@click.option(
+    "--custom-ops", type=click.Path(path_type=Path), help="Shared library with custom operators, loaded for the check."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the check's inputs.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models at once.")
@@ -410,7 +462,9 @@ def _print_table(report: dict[str, Any]) -> None:
 @click.option("--metric", metavar="M", help="top1, top5, mse, mae, psnr, cosine, agreement, or module:function.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples.")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples at once.")
-@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y|, or largest drop of the metric.")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y|, or largest drop of the metric."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs and of the choice of samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def validate(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> int:
@@ -483,7 +537,9 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
         if found[name]:
             click.echo(f"{name.replace('_', ' ')}: {', '.join(found[name])}")
     operators = "  ".join(f"{op} {count}" for op, count in found["operators"].items())
-    click.echo(f"{found['nodes']} nodes and {found['constant_nodes']} constants, {found['subgraphs']} subgraphs: {operators}")
+    click.echo(
+        f"{found['nodes']} nodes and {found['constant_nodes']} constants, {found['subgraphs']} subgraphs: {operators}"
+    )
     rows = [
         (entry["name"], entry["type"], str(entry["shape"]), f"{entry['bytes']:,}", entry["read_by"])
         for entry in found["initializers"][:top]
@@ -496,12 +552,28 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("models", nargs=-1, required=True, metavar="A [B...]", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads within an operator; 0 is onnxruntime's choice.")
-@click.option("--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed runs of each model at most.")
-@click.option("--warmup", type=click.IntRange(min=1), default=3, show_default=True, help="Runs before the clock starts.")
-@click.option("--seconds", type=click.FloatRange(min=0.05), default=10.0, show_default=True, help="Time for all runs together.")
-@click.option("--optimization", type=click.Choice(["off", "basic", "extended", "all"]), default="all", show_default=True, help="onnxruntime's own optimizations.")
-@click.option("--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Sizes to time at: NAME:1,3,224,224.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="Threads within an operator; 0 is onnxruntime's choice."
+)
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed runs of each model at most."
+)
+@click.option(
+    "--warmup", type=click.IntRange(min=1), default=3, show_default=True, help="Runs before the clock starts."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.05), default=10.0, show_default=True, help="Time for all runs together."
+)
+@click.option(
+    "--optimization",
+    type=click.Choice(["off", "basic", "extended", "all"]),
+    default="all",
+    show_default=True,
+    help="onnxruntime's own optimizations.",
+)
+@click.option(
+    "--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Sizes to time at: NAME:1,3,224,224."
+)
 @click.option("--data", metavar="D", help="Time on the first sample of this data instead of a seeded input.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the input.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -517,7 +589,11 @@ def bench(models: tuple[Path, ...], as_json: bool, input_shapes: Any, **wishes: 
     click.echo(f"{found['input']}; {found['threads'] or 'default'} threads, {found['models'][0]['runs']} runs in turns")
     rows = []
     for entry in found["models"]:
-        ratio = "" if entry["ratio"] is None else f"x{entry['ratio']:.3f} ({entry['ratio_low']:.3f}-{entry['ratio_high']:.3f})"
+        ratio = (
+            ""
+            if entry["ratio"] is None
+            else f"x{entry['ratio']:.3f} ({entry['ratio_low']:.3f}-{entry['ratio_high']:.3f})"
+        )
         rows.append(
             (
                 entry["path"],

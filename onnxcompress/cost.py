@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxcompress.graph import Graph, Node, is_op, static_shape
+from onnxcompress.graph import Graph, Node, is_constant, is_op, static_shape
 
 if TYPE_CHECKING:
     from onnxcompress.runtime import Runtime
@@ -381,8 +381,11 @@ def count(graph: Graph) -> GraphCount:
             macs += found
             exact = exact and sure
             for tensor in node.inputs:
-                if (hasattr(tensor, "_values") and tensor.dtype != object and np.dtype(tensor.dtype).kind not in "iub") or (hasattr(tensor, "_values") and tensor.dtype is not None and math.prod(tensor.shape) > 64):
-                    constants[id(tensor)] = math.prod(tensor.shape)
+                if is_constant(tensor) and tensor.dtype != object:
+                    elements = math.prod(tensor.shape)
+                    # Few integers are sizes and axes; many are a quantized weight or a table.
+                    if np.dtype(tensor.dtype).kind not in "iub" or elements > 64:
+                        constants[id(tensor)] = elements
             if is_op(node, "Constant") and "value" in node.attrs:
                 constants[id(node)] = math.prod(node.attrs["value"].shape)
     return GraphCount(macs, sum(constants.values()), exact, dict(sorted(by_operator.items(), key=lambda kv: -kv[1])))

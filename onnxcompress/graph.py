@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon import Tensor as Tensor
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,6 @@ class Constant(gs.Constant):
     def nbytes(self) -> int:
         """Bytes of the values, without reading them."""
         return int(self._values.nbytes)
-
-
-Tensor = gs.Tensor
 
 
 class NodeList(list[Node]):
@@ -387,9 +385,8 @@ def numpy_dtype(tensor: Tensor | None) -> np.dtype | None:
     dtype = None if tensor is None else tensor.dtype
     if dtype is None:
         return None
-    if isinstance(dtype, int):
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
-    return np.dtype(dtype)
+    found: np.dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+    return found
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:

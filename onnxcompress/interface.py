@@ -52,7 +52,9 @@ def _set_shape(value: ValueInfoProto, wanted: Sequence[int | str], symbols: dict
         kind.shape.CopyFrom(TensorShapeProto(dim=[TensorShapeProto.Dimension() for _ in wanted]))
     dims = kind.shape.dim
     if len(dims) != len(wanted):
-        raise RecipeError(f"input {value.name!r} has {len(dims)} axes, and {len(wanted)} sizes were given: {list(wanted)}")
+        raise RecipeError(
+            f"input {value.name!r} has {len(dims)} axes, and {len(wanted)} sizes were given: {list(wanted)}"
+        )
     changed = False
     for axis, (dim, size) in enumerate(zip(dims, wanted, strict=True)):
         if isinstance(size, str) or size < 0:
@@ -64,9 +66,7 @@ def _set_shape(value: ValueInfoProto, wanted: Sequence[int | str], symbols: dict
     return changed
 
 
-def _set_dim(
-    dim: TensorShapeProto.Dimension, size: int, symbols: dict[str, int], name: str, axis: int
-) -> bool:
+def _set_dim(dim: TensorShapeProto.Dimension, size: int, symbols: dict[str, int], name: str, axis: int) -> bool:
     symbol = dim.dim_param if dim.HasField("dim_param") else ""
     if symbol and symbols.setdefault(symbol, size) != size:
         raise RecipeError(

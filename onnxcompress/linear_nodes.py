@@ -119,7 +119,7 @@ def _attr_differs(node: Node, name: str, value: Any, conv: ConvOp) -> bool:
     if name == "kernel_shape":
         return bool(node.attrs.get(name, value) != value)
     if name == "pads" and node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", ""):
-        return explicit_pads(node, conv.kernel) != value
+        return bool(explicit_pads(node, conv.kernel) != value)
     return bool(node.attrs.get(name, default[name]) != value)
 
 
@@ -269,5 +269,3 @@ def other_operand(node: Node) -> tuple[Tensor, Tensor] | None:
     if is_constant(a) and not is_constant(b):
         return b, a
     return None
-
-

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.cost import count
+from onnxcompress.equivalence import LoweredModel
 from onnxcompress.graph import Graph
 from onnxcompress.model_io import external_files
 from onnxcompress.runtime import Model, RunOptions, Runtime, median_ratio
@@ -114,7 +115,9 @@ def compare_latency(
     Raises:
         RuntimeFailure: onnxruntime refused or crashed.
     """
-    options = RunOptions(optimization="all", threads=threads, custom_ops=custom_ops)
+    folder = next((source.folder for source in (original, result) if isinstance(source, LoweredModel)), None)
+    config = {} if folder is None else {"session.model_external_initializers_file_folder_path": str(folder)}
+    options = RunOptions(optimization="all", threads=threads, custom_ops=custom_ops, session_config=config)
     first, second = runtime.latency([original, result], feed, options=options, budget_s=budget_s, max_runs=max_runs)
     ratio, low, high = median_ratio(first, second)
     return LatencyFigures(float(np.median(first)), float(np.median(second)), ratio, low, high, len(first))

@@ -72,7 +72,9 @@ class StoredValues(LazyValues):
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise ModelError(f"tensor {self.tensor.name!r}: external data {path} cannot be read: {error.strerror}") from error
+            raise ModelError(
+                f"tensor {self.tensor.name!r}: external data {path} cannot be read: {error.strerror}"
+            ) from error
         if length != self.nbytes or offset < 0 or offset + length > size:
             raise ModelError(
                 f"tensor {self.tensor.name!r}: external data {path.name} holds {size} bytes, "
@@ -147,9 +149,11 @@ def parse_proto(data: bytes, label: str) -> ModelProto:
     if not data:
         raise ModelError(f"{label} is empty, not an ONNX model")
     try:
-        proto = ModelProto.FromString(data)
+        proto: ModelProto = ModelProto.FromString(data)
     except (DecodeError, RuntimeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{label} is not an ONNX model, or it is damaged: {len(data)} bytes could not be parsed") from error
+        raise ModelError(
+            f"{label} is not an ONNX model, or it is damaged: {len(data)} bytes could not be parsed"
+        ) from error
     if not proto.HasField("graph") or proto.ir_version == 0 or not proto.opset_import:
         missing = "graph" if not proto.HasField("graph") else "IR version" if proto.ir_version == 0 else "opset"
         raise ModelError(f"{label} is not an ONNX model, or it is truncated: it has no {missing}")
@@ -396,19 +400,19 @@ class Initializer:
 
     def inline(self) -> bytes:
         """The serialized TensorProto with its data inside."""
-        if self.proto is not None and not self.external:
-            if self.proto.name == self.name:
-                return self.proto.SerializeToString()
-            copy = TensorProto()
-            copy.CopyFrom(self.proto)
-            copy.name = self.name
-            return copy.SerializeToString()
-        if self.proto is not None:
-            head = self.header()
-            head.raw_data = bytes(self.data())
-            return head.SerializeToString()
-        tensor = numpy_helper.from_array(np.asarray(self.constant.values), self.name)
-        return tensor.SerializeToString()
+        if self.proto is None:
+            tensor = numpy_helper.from_array(np.asarray(self.constant.values), self.name)
+        elif self.external:
+            tensor = self.header()
+            tensor.raw_data = bytes(self.data())
+        elif self.proto.name == self.name:
+            tensor = self.proto
+        else:
+            tensor = TensorProto()
+            tensor.CopyFrom(self.proto)
+            tensor.name = self.name
+        message: bytes = tensor.SerializeToString()
+        return message
 
 
 class _Writer:
@@ -587,9 +591,7 @@ def to_proto(graph: Graph, *, weights: bool = True) -> ModelProto:
     """
     model, initializers = _Writer(graph).model()
     for entry in initializers:
-        if weights:
-            model.graph.initializer.append(TensorProto.FromString(entry.inline()))
-        elif int(np.prod(entry.constant.shape, dtype=np.int64)) <= 1024:
+        if weights or int(np.prod(entry.constant.shape, dtype=np.int64)) <= 1024:
             model.graph.initializer.append(TensorProto.FromString(entry.inline()))
         elif entry.name not in {value.name for value in model.graph.input}:
             head = entry.header()
@@ -649,7 +651,7 @@ class StagedFile:
         try:
             if external:
                 self.data_path = self.folder / data_name
-                data_file = open(self.data_path, "wb")
+                data_file = open(self.data_path, "wb")  # noqa: SIM115  # closed below, with the model half-written
             # The length stands before the content, so every message is made once to be measured; only small ones stay.
             heads: list[bytes] = []
             kept: list[bytes | None] = []

@@ -23,7 +23,7 @@ from onnxcompress import pipeline
 from onnxcompress.comparison import Comparison
 from onnxcompress.cost import Measured, count
 from onnxcompress.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
-from onnxcompress.errors import EquivalenceError, ModelError, OutputError, PassError, RuntimeFailure
+from onnxcompress.errors import EquivalenceError, OutputError, PassError, RuntimeFailure
 from onnxcompress.graph import Graph
 from onnxcompress.interface import set_input_shapes
 from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures, gzip_bytes, size_on_disk
@@ -51,7 +51,7 @@ class OptimizeOptions:
     Args:
         only: Names of the passes to run; all when empty.
         skip: Names of passes to leave out.
-        input_shapes: New shapes of inputs, by name; the model's interface changes accordingly, because it was asked for.
+        input_shapes: New shapes of inputs, by name; the interface changes accordingly, because it was asked for.
         batch: New size of the first axis of every input that has a dynamic one.
         check: Compare the result with the original on onnxruntime before it is written.
         verify_each: Compare after every pass that rewrote something, and leave out the one that breaks the model.
@@ -314,7 +314,7 @@ class _Job:
         return verify
 
     def _check(self, graph: Graph, staged: StagedFile) -> Comparison:
-        changes = interface_differences(self.proto, skeleton(graph), initializers=False)
+        changes = interface_differences(self.proto, read_proto(staged.path))
         if changes:
             raise PassError(f"the interface of {self.label} changed: {changes[0]}")
         self._check_structure(graph)
@@ -330,7 +330,9 @@ class _Job:
             except onnx.checker.ValidationError:
                 logger.info("%s does not pass the ONNX checker, before as after", self.label)
                 return
-            raise PassError(f"the result of {self.label} does not pass the ONNX checker: {_first_line(error)}") from error
+            raise PassError(
+                f"the result of {self.label} does not pass the ONNX checker: {_first_line(error)}"
+            ) from error
 
     def _compare(self, candidate: Path) -> Comparison:
         assert self.reference is not None
@@ -420,7 +422,6 @@ class _Job:
             unchanged=unchanged,
             graph=graph,
         )
-
 
     def _with_known_sizes(self, before: Figures, result: Graph) -> Figures:
         """MACs of the original again, where the result shows sizes that its shape arithmetic hid."""

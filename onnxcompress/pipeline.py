@@ -80,8 +80,10 @@ def _foreign(taken: set[str]) -> Iterable[PassClass]:
         try:
             cls = entry.load()
         except Exception as error:  # whatever a foreign package raises on import, the user needs its name
-            raise RecipeError(f"pass {entry.name!r} from entry point {entry.value!r} cannot be loaded: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, RewritePass) and getattr(cls, "name", "")):
+            raise RecipeError(
+                f"pass {entry.name!r} from entry point {entry.value!r} cannot be loaded: {error}"
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, RewritePass) and hasattr(cls, "name")):
             raise RecipeError(f"entry point {entry.value!r} is not a RewritePass with a name")
         if cls.name in taken:
             raise RecipeError(f"entry point {entry.value!r}: the pass name {cls.name!r} is taken")
@@ -123,7 +125,8 @@ def run(
     """
     outcome = PipelineResult()
     infer_shapes(graph)
-    stages = [*(stage.passes for stage in ORDER), tuple(_foreign({cls.name for stage in ORDER for cls in stage.passes}))]
+    own = {cls.name for stage in ORDER for cls in stage.passes}
+    stages = [*(stage.passes for stage in ORDER), tuple(_foreign(own))]
     instances = [[cls(settings) for cls in stage if cls.name in selected] for stage in stages]
     for number in range(1, MAX_ROUNDS + 1):
         outcome.rounds = number

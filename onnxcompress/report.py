@@ -75,16 +75,15 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     table = [
         ("nodes", f"{before['nodes']:,}", f"{after['nodes']:,}", change(before["nodes"], after["nodes"])),
         *_operator_rows(before["by_operator"], after["by_operator"]),
-        ("bytes", bytes_text(before["size_bytes"]), bytes_text(after["size_bytes"]), change(before["size_bytes"], after["size_bytes"])),
     ]
-    if before["download_bytes"] and after["download_bytes"]:
-        a, b = before["download_bytes"], after["download_bytes"]
-        table.append(("bytes, gzip", bytes_text(a), bytes_text(b), change(a, b)))
-    table.append(
-        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}", change(before["parameters"], after["parameters"]))
-    )
-    mark = "" if before["macs_exact"] and after["macs_exact"] else " (sizes assumed)"
-    table.append((f"MACs{mark}", f"{before['macs']:,}", f"{after['macs']:,}", change(before["macs"], after["macs"])))
+    for name, key in (("bytes", "size_bytes"), ("bytes, gzip", "download_bytes")):
+        if before[key] and after[key]:
+            change_text = change(before[key], after[key])
+            table.append((name, bytes_text(before[key]), bytes_text(after[key]), change_text))
+    for name, key in (("parameters", "parameters"), ("MACs", "macs")):
+        assumed = key == "macs" and not (before["macs_exact"] and after["macs_exact"])
+        label = f"{name} (sizes assumed)" if assumed else name
+        table.append((label, f"{before[key]:,}", f"{after[key]:,}", change(before[key], after[key])))
     latency = report["latency"]
     if latency is not None:
         table.append(
@@ -176,7 +175,8 @@ def write(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
         OutputError: The file cannot be written.
     """
     suffix = check_suffix(path)
-    text = markdown(reports) if suffix == ".md" else json.dumps(reports[0] if len(reports) == 1 else list(reports), indent=1)
+    content = reports[0] if len(reports) == 1 else list(reports)
+    text = markdown(reports) if suffix == ".md" else json.dumps(content, indent=1)
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:

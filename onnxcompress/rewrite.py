@@ -122,7 +122,7 @@ class RewritePass(Generic[S]):
         previous = graph.scope.pass_name
         graph.scope.pass_name = self.name
         try:
-            for sweep in range(self.MAX_SWEEPS):
+            for _ in range(self.MAX_SWEEPS):
                 before = result.rewrites
                 result.misses.clear()
                 for inner in list(graph.walk()):
@@ -133,7 +133,9 @@ class RewritePass(Generic[S]):
                 for inner in graph.walk():
                     inner.sort()
                 infer_shapes(graph)
-            raise PassError(f"pass {self.name} does not come to rest: {result.rewrites} rewrites in {sweep + 1} sweeps")
+            raise PassError(
+                f"pass {self.name} does not come to rest: {result.rewrites} rewrites in {self.MAX_SWEEPS} sweeps"
+            )
         finally:
             graph.scope.pass_name = previous
 
@@ -155,7 +157,8 @@ class RewritePass(Generic[S]):
             except OnnxCompressError:
                 raise
             except Exception as error:
-                raise PassError(f"pass {self.name} failed at node {label!r}: {type(error).__name__}: {error}") from error
+                what = f"{type(error).__name__}: {error}"
+                raise PassError(f"pass {self.name} failed at node {label!r}: {what}") from error
             logger.debug("%s: %s", self.name, label)
             result.done.append(done)
 

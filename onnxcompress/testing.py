@@ -1,9 +1,9 @@
 """Tools to test passes, ours and foreign ones: a model from text, one pass on it, and its meaning compared.
 
-    before = model("g (float[1,4] x) => (float[1,4] y) { y = Identity(x) }")
-    after, result = apply(EliminateIdentity(), before)
-    assert ops(after) == []
-    assert_equivalent(before, after)
+before = model("g (float[1,4] x) => (float[1,4] y) { y = Identity(x) }")
+after, result = apply(EliminateIdentity(), before)
+assert ops(after) == []
+assert_equivalent(before, after)
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def inputs_for(proto: ModelProto, *, seed: int = 0, sizes: Mapping[str, int] | N
             for dim in kind.shape.dim
         ]
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-        values = rng.normal(size=shape)
+        values: Any = rng.normal(size=shape)
         if kind.elem_type == TensorProto.BOOL:
             values = values > 0
         elif np.issubdtype(dtype, np.integer):
@@ -156,7 +156,9 @@ def assert_equivalent(
                 continue
             assert (a.shape, a.dtype) == (b.shape, b.dtype), f"output {value.name!r}: {a.shape} became {b.shape}"
             if rel is None:
-                assert np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"), f"output {value.name!r} is not bitwise equal"
+                assert np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"), (
+                    f"output {value.name!r} is not bitwise equal"
+                )
                 continue
             error = relative_error(a, b)
             worst = max(worst, error)

@@ -98,7 +98,7 @@ class Viewer:
 
 def side_by_side(panes: Sequence[tuple[str, str]]) -> str:
     """The page that shows several Netron servers next to each other."""
-    shown = [PANE.format(name=html.escape(name, quote=True), url=urllib.parse.quote(url, safe=":/")) for name, url in panes]
+    shown = [PANE.format(name=html.escape(name), url=urllib.parse.quote(url, safe=":/")) for name, url in panes]
     title = html.escape(" | ".join(name for name, _ in panes))
     return PAGE.format(title=title, panes="\n".join(shown))
 

@@ -61,7 +61,9 @@ class FuseConcatIntoGemm(RewritePass[Site]):
         if not graph.feeds_only(concat.outputs[0], node):
             return Miss(node.name, "the Concat output is read elsewhere")
         source = first.source
-        if any((part.source if part else tensor) is not source for part, tensor in zip(parts, concat.inputs, strict=True)):
+        if any(
+            (part.source if part else tensor) is not source for part, tensor in zip(parts, concat.inputs, strict=True)
+        ):
             return Miss(node.name, "the parts of the Concat are not linear maps of one input")
         second = read_link(graph, node)
         if isinstance(second, str):

@@ -100,7 +100,7 @@ def _after(links: Sequence[Link]) -> list[OperatorSpec]:
 
 
 def chain_from(graph: Graph, node: Node) -> list[Link] | str:
-    """The maximal chain of links that starts at ``node``; empty if none starts there, a reason where one is cut short."""
+    """The maximal chain that starts at ``node``; empty if none starts there, a reason where one is cut short."""
     if not looks_affine(node) or _continues(graph, node):
         return []
     link = read_link(graph, node)

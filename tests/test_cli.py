@@ -48,7 +48,7 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-# -- optimize ------------------------------------------------------------------------------------------------------------
+# -- optimize ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_default_shows_accuracy_on_real_data(tmp_path):
@@ -117,9 +117,21 @@ def test_fixed_shapes_change_the_interface_only_when_asked(folder):
 
 
 def test_only_skip_level_and_list(folder):
-    done = run("optimize", "m.onnx", "-o", "a.onnx", "--only", "fuse-batchnorm-into-conv", "--json", "--no-latency", cwd=folder)
+    done = run(
+        "optimize", "m.onnx", "-o", "a.onnx", "--only", "fuse-batchnorm-into-conv", "--json", "--no-latency", cwd=folder
+    )
     assert [one["name"] for one in json.loads(done.stdout)["passes"]] == ["fuse-batchnorm-into-conv"]
-    done = run("optimize", "m.onnx", "-o", "b.onnx", "--skip", "fuse-conv-chain,fuse-skip-into-conv", "--json", "--no-latency", cwd=folder)
+    done = run(
+        "optimize",
+        "m.onnx",
+        "-o",
+        "b.onnx",
+        "--skip",
+        "fuse-conv-chain,fuse-skip-into-conv",
+        "--json",
+        "--no-latency",
+        cwd=folder,
+    )
     names = {one["name"] for one in json.loads(done.stdout)["passes"] if one["rewrites"]}
     assert "fuse-conv-chain" not in names and "fuse-batchnorm-into-conv" in names
     done = run("optimize", "m.onnx", "-o", "c.onnx", "-O0", "--json", "--no-latency", cwd=folder)
@@ -145,7 +157,7 @@ def test_measured_cost_keeps_a_cache(folder):
     assert cache and all(0 < value < 1000 for value in cache.values())
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -296,7 +308,7 @@ def test_an_interrupt_leaves_nothing(folder, number, delay_s):
     assert not [p for p in folder.iterdir() if p.name.startswith(".onnxcompress")]
 
 
-# -- the other verbs -----------------------------------------------------------------------------------------------------
+# -- the other verbs ---------------------------------------------------------------------------------------------------
 
 
 def test_validate(folder):

@@ -1,4 +1,4 @@
-"""What holds for every pass: spelling, a test of its own, interface kept, checker passed, a second run finds nothing."""
+"""What holds for every pass: spelling, a test, interface kept, checker passed, a second run finds nothing."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
 
 
 def engine_files() -> list[Path]:
-    return sorted(p for p in (ROOT / "onnxcompress").rglob("*.py") if "/models/" not in str(p) and "/passes/" not in str(p))
+    return sorted(
+        p for p in (ROOT / "onnxcompress").rglob("*.py") if "/models/" not in str(p) and "/passes/" not in str(p)
+    )
 
 
 def test_packages_are_those_on_disk():
@@ -99,7 +101,9 @@ def test_imports_go_from_right_to_left():
 
 @pytest.mark.parametrize("module", ["onnxcompress", "onnxcompress.cli", "onnxcompress.optimizer"])
 def test_import_loads_no_heavy_module_and_takes_a_moment(module):
-    code = f"import sys, time; t = time.perf_counter(); import {module}; print(time.process_time(), *sorted(sys.modules))"
+    code = (
+        f"import sys, time; t = time.perf_counter(); import {module}; print(time.process_time(), *sorted(sys.modules))"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     loaded = set(out.split()[1:])

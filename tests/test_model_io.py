@@ -22,7 +22,7 @@ def plain(opset=21, ir_version=10, **weights):
     return model(text, opset=opset, ir_version=ir_version, w=np.arange(3, dtype=np.float32), **weights)
 
 
-# -- cases: each returns a model that holds one thing that is easily lost ------------------------------------------------
+# -- cases: each returns a model that holds one thing that is easily lost ----------------------------------------------
 
 
 def model_fields():
@@ -84,7 +84,8 @@ def device_configurations():
 def functions_with_overloads():
     text = """<ir_version: 10, opset_import: ["" : 21, "ours" : 1]>
     g (float[N,3] x) => (float[N,3] y) { t = ours.twice(x) y = ours.twice(t) }
-    <domain: "ours", opset_import: ["" : 21]> twice <k: float = 2.0>(a) => (b) { c = Constant<value_float: float = @k>() b = Mul(a, c) }
+    <domain: "ours", opset_import: ["" : 21]> twice <k: float = 2.0>(a) => (b) {
+      c = Constant<value_float: float = @k>() b = Mul(a, c) }
     """
     proto = parser.parse_model(text)
     other = proto.functions.add()
@@ -241,7 +242,7 @@ def test_load_and_save_is_the_identity(case, tmp_path):
     assert to_proto(graph) == proto
 
 
-NUMBERS = [name for name in TensorProto.DataType.keys() if name not in ("UNDEFINED", "STRING")]
+NUMBERS = [name for name, _ in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING")]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -294,7 +295,7 @@ def test_new_initializers_of_an_ir3_model_are_listed_as_inputs():
     assert [tensor.name for tensor in after.graph.initializer] == ["w_1"]
 
 
-# -- external data -------------------------------------------------------------------------------------------------------
+# -- external data -----------------------------------------------------------------------------------------------------
 
 
 def external(folder, size=4096):
@@ -388,7 +389,7 @@ def test_large_external_data_is_never_held_in_memory(tmp_path):
     assert int(run.stdout) < 220
 
 
-# -- faults --------------------------------------------------------------------------------------------------------------
+# -- faults ------------------------------------------------------------------------------------------------------------
 
 
 def test_truncated_files_are_refused_or_whole(tmp_path):
@@ -396,17 +397,25 @@ def test_truncated_files_are_refused_or_whole(tmp_path):
     path = tmp_path / "m.onnx"
     for cut in range(0, len(data), max(len(data) // 60, 1)):
         path.write_bytes(data[:cut])
+        message, graph = "", None
         try:
             graph = load(path)
         except ModelError as error:
-            assert "\n" not in str(error)
+            message = str(error)
+        if graph is None:
+            assert message
+            assert "\n" not in message
         else:  # the cut fell between two entries of the metadata, behind the graph
             assert to_proto(graph).graph == model_fields().graph
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "not an ONNX model"), (b"hello world, a text", "not an ONNX model")],
+    [
+        (b"", "is empty"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "not an ONNX model"),
+        (b"hello world, a text", "not an ONNX model"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "m.onnx"

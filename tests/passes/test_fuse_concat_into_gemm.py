@@ -15,7 +15,14 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed + sum(shape)).normal(size=shape).astype(np.float32)
 
 
-WEIGHTS = {"A": normal(8, 6), "B": normal(8, 10), "a": normal(6), "c": normal(5), "W": normal(16, 5), "V": normal(24, 5)}
+WEIGHTS = {
+    "A": normal(8, 6),
+    "B": normal(8, 10),
+    "a": normal(6),
+    "c": normal(5),
+    "W": normal(16, 5),
+    "V": normal(24, 5),
+}
 
 
 def build(text):
@@ -50,11 +57,18 @@ def test_merges(body, shape, after_ops):
     [
         (text(body=f"{PARTS} k = Concat<axis=2>(s, t) y = MatMul(k, W)", more=", float[N,T,16] k"), "read elsewhere"),
         (
-            text("float[N,T,8] x, float[N,T,8] v", body="s = MatMul(x, A) t = MatMul(v, B) k = Concat<axis=2>(s, t) y = MatMul(k, W)"),
+            text(
+                "float[N,T,8] x, float[N,T,8] v",
+                body="s = MatMul(x, A) t = MatMul(v, B) k = Concat<axis=2>(s, t) y = MatMul(k, W)",
+            ),
             "one input",
         ),
         (
-            text("float[N,4,8] x", "float[N,8,5] y", "s = MatMul(x, Q) t = MatMul(x, Q) k = Concat<axis=1>(s, t) y = MatMul(k, W2)"),
+            text(
+                "float[N,4,8] x",
+                "float[N,8,5] y",
+                "s = MatMul(x, Q) t = MatMul(x, Q) k = Concat<axis=1>(s, t) y = MatMul(k, W2)",
+            ),
             "last axis",
         ),
         (text(body=f"{PARTS} k = Concat<axis=2>(s, t) r = Relu(k) y = MatMul(r, W)"), None),

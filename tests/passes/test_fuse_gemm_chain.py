@@ -1,6 +1,7 @@
 """Matrix products in a row: structure, numbers, near misses, random chains."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_merges(text, after_ops):
 
 
 def test_transposed_operand_and_shared_matrix():
-    text = f"g ({X2}) => ({Y2}, float[N,32] z) {{ t = Gemm<transB=1>(x, At, b) y = Gemm(t, B, c) z = Gemm<transB=1>(x, At) }}"
+    text = f"""g ({X2}) => ({Y2}, float[N,32] z) {{
+      t = Gemm<transB=1>(x, At, b) y = Gemm(t, B, c) z = Gemm<transB=1>(x, At) }}"""
     before = model(text, At=np.ascontiguousarray(A.T), B=B, b=b, c=c)
     after, result = apply(FuseGemmChain(PAYS), before)
     assert result.rewrites == 1
@@ -68,8 +70,9 @@ def test_the_best_cut_of_a_chain_is_found():
     after, result = apply(FuseGemmChain(), before)
     assert result.rewrites == 0 and "would" in result.misses[0].reason and ops(after) == ["MatMul", "MatMul"]
     sizes = [32, 256, 4, 256, 32]
-    matrices = {f"W{i}": normal(a, z) for i, (a, z) in enumerate(zip(sizes, sizes[1:], strict=False))}
-    text = "g (float[512,32] x) => (float[512,32] y) { a = MatMul(x, W0) b = MatMul(a, W1) c = MatMul(b, W2) y = MatMul(c, W3) }"
+    matrices = {f"W{i}": normal(a, z) for i, (a, z) in enumerate(pairwise(sizes))}
+    text = """g (float[512,32] x) => (float[512,32] y) {
+      a = MatMul(x, W0) b = MatMul(a, W1) c = MatMul(b, W2) y = MatMul(c, W3) }"""
     before = model(text, **matrices)
     after, result = apply(FuseGemmChain(), before)
     shapes = [tuple(tensor.dims) for tensor in after.graph.initializer]
@@ -116,7 +119,7 @@ def chains(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     lead = [draw(st.integers(1, 3)) for _ in range(axes - 1)]
     lines, weights, name = [], {}, "x"
-    for i, (rows, columns) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (rows, columns) in enumerate(pairwise(sizes)):
         matrix = rng.normal(size=(rows, columns)).astype(np.float32)
         row = rng.normal(size=columns).astype(np.float32)
         kind = draw(st.sampled_from(["matmul", "add", "gemm"] if axes == 2 else ["matmul", "add"]))

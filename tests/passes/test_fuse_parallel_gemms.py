@@ -49,7 +49,11 @@ def test_merges(text, after_ops):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (f"g ({X}) => (float[N,T,5] y) {{ s = MatMul(x, W) t = MatMul(x, A) u = Slice(t, z, five, two) y = Add(s, u) }}", None),
+        (
+            f"""g ({X}) => (float[N,T,5] y) {{
+              s = MatMul(x, W) t = MatMul(x, A) u = Slice(t, z, five, two) y = Add(s, u) }}""",
+            None,
+        ),
         (f"g ({X}, {X.replace(' x', ' v')}) => ({Y}) {{ s = MatMul(x, A) t = MatMul(v, B) y = Add(s, t) }}", None),
         (f"g ({X}) => ({Y}, {Y.replace(' y', ' s')}) {{ s = MatMul(x, A) t = MatMul(x, B) y = Add(s, t) }}", None),
         (f"g ({X}) => ({Y}) {{ s = MatMul(x, A) r = Relu(x) y = Add(s, r) }}", None),
@@ -92,5 +96,7 @@ def test_random_sums(seed, axes, width, products, subtract):
     before = model(f"g ({kind} x) => ({kind} y) {{ {' '.join(lines)} y = {op}({', '.join(terms)}) }}", **weights)
     after, result = apply(FuseParallelGemms(), before)
     if len(terms) > 1:
-        assert result.rewrites == 1 and "MatMul" in {*ops(after), "MatMul" if axes == 2 else ""} and len(ops(after)) <= 2
+        assert (
+            result.rewrites == 1 and "MatMul" in {*ops(after), "MatMul" if axes == 2 else ""} and len(ops(after)) <= 2
+        )
     assert_equivalent(before, after, rel=REL * 10)  # cancellation between few terms: measured 9e-6
