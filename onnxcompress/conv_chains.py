@@ -19,6 +19,7 @@ from onnxcompress.linear_paths import (
     path_specs,
     plan_specs,
     read_path,
+    why_not_merge,
 )
 from onnxcompress.partition import SegmentPrice, fastest_partition
 
@@ -119,14 +120,14 @@ class _SegmentPrices:
         self.plans[start, stop] = plan
         after = self._after(start, stop)
         new = self.cost.price(after)
-        kept = kept_bytes(self.nodes[start:stop])
-        reason = why_not_pay(self.cost, before, after, growth_bytes=GROWTH_ALLOWANCE_BYTES - kept)
+        reason = why_not_merge(self.cost, before, after, self.nodes[start:stop])
         if reason is not None:
             self._refuse(reason, new.latency_ms / max(old.latency_ms, 1e-12))
         # Growth alone does not rule a segment out: another may save as much.
         if why_not_pay(self.cost, before, after, growth_bytes=new.weight_bytes) is not None:
             return None
-        return SegmentPrice(new.latency_ms, new.weight_bytes - old.weight_bytes + kept)
+        growth = new.weight_bytes - old.weight_bytes + kept_bytes(self.nodes[start:stop])
+        return SegmentPrice(new.latency_ms, growth)
 
     def merge(self, start: int, stop: int) -> Segment | None:
         plan = self.plans[start, stop]

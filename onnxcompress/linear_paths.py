@@ -192,8 +192,11 @@ def why_not_merge(
     cost: CostModel, before: Sequence[OperatorSpec], after: Sequence[OperatorSpec], replaced: Iterable[Node]
 ) -> str | None:
     """The reason why ``after`` does not pay in place of the nodes ``replaced``, whose specs are ``before``, or None."""
-    allowed = GROWTH_ALLOWANCE_BYTES - kept_bytes(replaced)
-    return why_not_pay(cost, before, after, growth_bytes=allowed)
+    kept = kept_bytes(replaced)
+    reason = why_not_pay(cost, before, after, growth_bytes=GROWTH_ALLOWANCE_BYTES - kept)
+    if reason is None or not kept or why_not_pay(cost, before, after) is not None:
+        return reason
+    return f"weights would grow: {kept} bytes of those replaced stay, as other nodes share them"
 
 
 def kept_bytes(replaced: Iterable[Node]) -> int:
