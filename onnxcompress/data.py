@@ -183,7 +183,7 @@ def _open(spec: str, target: Target, limit: int | None) -> Found:
         return open_npy({target.only_input(spec).name: [path]}, None, target)
     if path.exists():
         raise DataError(f"{spec} is no data that can be read; expected {FORMS}")
-    if suffix not in (".npz", ".npy") and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", spec):
+    if re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", spec):
         return _open_function(spec, target, limit)
     raise DataError(f"{spec}: no such file or folder (from {os.getcwd()}); expected {FORMS}")
 
@@ -208,7 +208,6 @@ def _open_sklearn(spec: str, target: Target) -> Found:
     parts = {"held-out": order[:_DIGITS_HELD_OUT], "train": order[_DIGITS_HELD_OUT:], "all": order}
     chosen = np.sort(parts[part])
     images = (digits.images[chosen] / 16).astype(np.float32).reshape(-1, *shape)  # grey levels are 0 to 16
-    target.check_type(model_input, images.dtype, spec)
     samples = Lazy(len(images), lambda i: row_of({model_input.name: images}, i, target, spec))
     return Found(samples, digits.target[chosen], eager=True)
 
@@ -230,7 +229,6 @@ def _open_function(spec: str, target: Target, limit: int | None) -> Found:
 
 @contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    importlib.invalidate_caches()
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:

@@ -102,8 +102,8 @@ def _load(path: Path, *, header_only: bool = False) -> Any:
 
 
 def _read_row(path: Path, row: int | None) -> np.ndarray:
-    mapped = _load(path, header_only=True)
-    return np.array(mapped if row is None else mapped[row])  # a copy, so that the file is closed
+    mapped: np.ndarray = _load(path, header_only=True)
+    return mapped if row is None else mapped[row]
 
 
 def _member(archive: Any, name: str, path: Path) -> np.ndarray:

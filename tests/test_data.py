@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.data import Dataset, InputSpec, Preprocess, load_data
+from onnxcompress.data_files import Lazy
 from onnxcompress.errors import DataError, RecipeError
 
 GRAY = InputSpec("image", np.dtype(np.float32), ("N", 1, 8, 8))
@@ -36,6 +37,7 @@ def refused(spec, *inputs, error=DataError, **options):
         list(load_data(str(spec), inputs=inputs, **options).batches(2))
     message = str(caught.value)
     assert "\n" not in message
+    assert "DataError" not in message  # refused once, not twice
     return message
 
 
@@ -71,6 +73,8 @@ def test_npz_of_a_model_with_two_inputs_one_named_like_a_label(tmp_path):
     np.testing.assert_array_equal(feeds["ids"], ids)
     np.testing.assert_array_equal(feeds["y"], random(4, 2))
     np.testing.assert_array_equal(labels, np.arange(4))
+    np.savez(tmp_path / "d.npz", ids=ids, y=random(4, 2))
+    assert load_data(str(tmp_path / "d.npz"), inputs=[IDS, y]).labels is None
 
 
 @pytest.mark.parametrize(
@@ -206,6 +210,12 @@ def test_single_npy(tmp_path):
     feeds, _ = collect(load_data(str(tmp_path / "x.npy"), inputs=[PAIR]))
     np.testing.assert_array_equal(feeds["v"], random(3, 2, dtype=np.float64).astype(np.float32))
     assert "the model has 2 (ids, mask)" in refused(tmp_path / "x.npy", IDS, MASK)
+
+
+def test_npz_values_are_read_at_once(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.array([[0.0, 1.0], [np.nan, 0.0]]))
+    with pytest.raises(DataError, match="sample 1, 'v' holds 1 NaN of 2 values"):
+        load_data(str(tmp_path / "d.npz"), inputs=[PAIR])
 
 
 def test_npy_values_are_read_when_asked_for(tmp_path):
@@ -588,6 +598,13 @@ def test_function(module, function):
         np.testing.assert_array_equal(labels, np.arange(6))
 
 
+def test_function_with_an_input_named_like_a_label(module):
+    y = InputSpec("y", np.dtype(np.int64), ("N",))
+    data = load_data(f"{module}:dicts", inputs=[PAIR, y])
+    assert data.labels is None
+    assert [sample["y"].tolist() for sample in data.samples] == [0, 1, 2, 3, 4, 5]
+
+
 def test_function_without_end_is_read_up_to_the_limit(module):
     assert load_data(f"{module}:endless", inputs=[PAIR], limit=8).labels.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
 
@@ -672,3 +689,5 @@ def test_lazy_samples_behave_like_a_list(tmp_path):
     assert len(list(samples)) == 5
     with pytest.raises(IndexError):
         samples[5]
+    with pytest.raises(IndexError, match="list index"):
+        list(Lazy(1, lambda index: [][index]))
