@@ -58,7 +58,7 @@ class FuseConcatIntoConv(RewritePass[Site]):
 
     def match(self, graph: Graph, node: Node) -> Site | Miss | None:
         concat = graph.producer(node.inputs[0])
-        if concat is None or not is_channel_concat(concat, node.inputs[1].shape) or not looks_linear(node):
+        if concat is None or not looks_linear(node) or not is_channel_concat(concat, node.inputs[1].shape):
             return None
         paths = [path_to(graph, tensor, concat) for tensor in concat.inputs]
         if len({path.source for path in paths}) > 1 or not any(path.has_conv for path in paths):

@@ -107,7 +107,12 @@ ACTIVATION = f"g ({X}) => ({Y}) {{ {PAIR} r = Relu(d) t = Concat<axis=1>(c, r) y
 BRANCH_OUTPUT = f"g ({X}) => ({Y}, float[N,3,h,w] d) {{ {PAIR} t = Concat<axis=1>(c, d) y = Conv(t, V, v) }}"
 
 
-@pytest.mark.parametrize("text", [OTHER_INPUT, ACTIVATION, BRANCH_OUTPUT])
+SHAPELESS_WEIGHT = f"""g ({X}, int64[k] s) => ({Y}) {{
+    {PAIR} t = Concat<axis=1>(c, d) U = Relu(V) W = Reshape(U, s) y = Conv(t, W, v)
+}}"""
+
+
+@pytest.mark.parametrize("text", [OTHER_INPUT, ACTIVATION, BRANCH_OUTPUT, SHAPELESS_WEIGHT])
 def test_another_thing_is_left_alone(text):
     before = model(text, **WEIGHTS)
     after, result = apply(FuseConcatIntoConv(PAYS), before)
