@@ -41,6 +41,16 @@ class Values:
         return None if None in numbers else tuple(n for n in numbers if n is not None)
 
 
+@dataclass(frozen=True)
+class Window:
+    """Sizes ``start`` to ``end`` of ``source``; ``shape`` holds all of them."""
+
+    source: Tensor
+    shape: Tensor
+    start: int
+    end: int
+
+
 class Sizes:
     """What is known of the sizes in one graph.
 
@@ -59,6 +69,9 @@ class Sizes:
         self._alias: dict[str, Size] = {} if outer is None else outer._alias
         self._values: dict[Tensor, Values] = {} if outer is None else dict(outer._values)
         self._first: dict[tuple[Values, str], Tensor] = {}
+        # Neighbouring sizes of a tensor whose Shape is taken, and where a node comes after that Shape: its window.
+        self._neighbours: dict[tuple[Size, ...], Window] = {}
+        self._windows: dict[Tensor, Window] = {}
         for node in graph.nodes:
             self._visit(node)
 
@@ -98,6 +111,10 @@ class Sizes:
         """The first tensor that a node of this graph makes with the type and elements of ``tensor``, or itself."""
         values = self.values(tensor)
         return None if values is None else self._first.get((values, str(tensor.dtype)))
+
+    def window(self, tensor: Tensor) -> Window | None:
+        """Neighbouring sizes of one tensor that are the elements of ``tensor``; a Shape before it takes all of them."""
+        return self._windows.get(tensor)
 
     def is_not_negative(self, size: Size) -> bool:
         """Whether ``size`` is proven to be 0 or more."""
@@ -166,6 +183,17 @@ class Sizes:
                 items = [self._stored(item, output, i) for i, item in enumerate(found.items)]
                 values = self._values[output] = Values(tuple(items), found.scalar)
                 self._first.setdefault((values, str(output.dtype)), output)
+                self._look_out(node, values)
+
+    def _look_out(self, node: Node, values: Values) -> None:
+        output = node.outputs[0]
+        if values.items in self._neighbours and not values.scalar and output.dtype == np.int64:
+            self._windows[output] = self._neighbours[values.items]
+        if node.op == "Shape" and "start" not in node.attrs and "end" not in node.attrs:
+            for start in range(len(values.items)):
+                for end in range(start + 1, len(values.items) + 1):
+                    window = Window(node.inputs[0], output, start, end)
+                    self._neighbours.setdefault(values.items[start:end], window)
 
     def _stored(self, item: Size, output: Tensor, index: int) -> Size:
         """The element as the output's type holds it, or an unknown when that is another number or it is too long."""

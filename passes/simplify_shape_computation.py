@@ -6,7 +6,8 @@
 Exact for every input size. The elements of small integer tensors are followed as polynomials in the unknown sizes
 (``sizes``). A tensor whose elements are all known becomes a constant. A Reshape target becomes one when each element
 is a number, the size of that very axis (0), or the only one that is neither (-1, where no other axis can be empty). The
-end of a Slice that is the size of its axis becomes "to the end". Of tensors with equal elements the first is read.
+end of a Slice that is the size of its axis becomes "to the end". Of tensors with equal elements the first is read, and
+neighbouring sizes of one tensor are taken by one Shape (before opset 15: by one Slice of its Shape).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, numpy
 from onnxcompress.reshape_target import constant_target, left_over_axis
 from onnxcompress.rewrite import Miss
 from onnxcompress.size_rules import VALUES
-from onnxcompress.sizes import known_or
+from onnxcompress.sizes import Window, known_or
 from onnxcompress.sizes_pass import SizesPass
 
 TO_THE_END = (1 << 63) - 1
@@ -27,11 +28,12 @@ TO_THE_END = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Site:
-    """Either outputs get known ``values`` or an equal tensor, or the input at ``index`` becomes ``constant``."""
+    """The output is known ``values``, an ``equal`` tensor or a ``window``; or an input becomes ``constant``."""
 
     node: Node
     values: np.ndarray | None = None
     equal: Tensor | None = None
+    window: Window | None = None
     index: int = 0
     constant: tuple[int, ...] = ()
 
@@ -60,9 +62,25 @@ class SimplifyShapeComputation(SizesPass[Site]):
             array = np.array(values.known, dtype).reshape(() if values.scalar else (-1,))
             return Site(node, values=array)
         equal = sizes.first_equal(output)
-        if equal is None or equal is output or graph.producer(equal) is None:
+        if equal is not None and equal is not output and graph.producer(equal) is not None:
+            return Site(node, equal=equal)
+        window = sizes.window(output)
+        if window is None or node.op == "Shape" or (node.op == "Slice" and graph.opset < 15) or graph.opset < 10:
             return None
-        return Site(node, equal=equal)
+        return Site(node, window=window) if graph.producer(window.shape) is not None else None
+
+    def _take_window(self, graph: Graph, node: Node, window: Window) -> None:
+        output = node.outputs[0]
+        if graph.opset >= 15:
+            bounds = {"start": window.start, "end": window.end}
+            # Beside the other Shape: further down, it would keep the tensor in memory for longer.
+            graph.insert("Shape", [window.source], [output], bounds, before=graph.producer(window.shape) or node)
+        else:
+            label = node.name or node.op
+            names = {"starts": window.start, "ends": window.end, "axes": 0}
+            cuts = [graph.new_constant(f"{label}.{name}", np.array([n], np.int64)) for name, n in names.items()]
+            graph.insert("Slice", [window.shape, *cuts], [output], before=node)
+        graph.remove(node)
 
     def _reshape(self, graph: Graph, node: Node) -> Site | Miss | None:
         sizes = self.sizes(graph)
@@ -107,6 +125,9 @@ class SimplifyShapeComputation(SizesPass[Site]):
                 graph.redirect(output, Constant(output.name, site.values, home=graph))
             elif site.equal is not None:
                 graph.redirect(output, site.equal)
+            return
+        if site.window is not None:
+            self._take_window(graph, node, site.window)
             return
         name = "shape" if node.op == "Reshape" else "ends"
         constant = graph.new_constant(f"{node.name or node.op}.{name}", np.array(site.constant, np.int64))
