@@ -47,7 +47,8 @@ def target(proto):
     ],
 )
 def test_reshape(x, shape, dims, expected):
-    body = f"t3 = Mul(n, four) t2 = Sub(t3, n) three = Unsqueeze(t2, zero1) all = Size(x) m3 = Mul(m1, three1) t = {shape} v = Reshape(x, t)"
+    extra = "t3 = Mul(n, four) t2 = Sub(t3, n) three = Unsqueeze(t2, zero1) all = Size(x) m3 = Mul(m1, three1)"
+    body = f"{extra} t = {shape} v = Reshape(x, t)"
     before = build(x, body, dims=dims)
     after, result = apply(SimplifyShapeComputation(), before)
     if expected != "constant":
@@ -131,7 +132,6 @@ def test_equal_values_are_computed_once():
         tb = Concat<axis = 0>(n1, one1, one1) c = Expand(b, tb) v = Add(a, c)"""
     before = build("N,3,8", body)
     after, _ = apply(SimplifyShapeComputation(), before)
-    assert [ops(after).count(op) for op in ("Shape", "Gather", "Unsqueeze", "Concat")] == [2, 2, 1, 1]
     cleaned, _ = apply(EliminateDeadCode(), after)
     assert [ops(cleaned).count(op) for op in ("Shape", "Gather", "Unsqueeze", "Concat")] == [1, 0, 0, 1]
     for n in (0, 1, 3):
@@ -159,7 +159,7 @@ def test_slice_to_the_end(end, fits):
         (
             "q = Shape(w) v = Concat<axis = 0>(n1, q)",
             ["Shape", "Shape", "Concat"],
-            ["Shape", "Shape", "Slice", "Concat"],
+            ["Shape", "Slice", "Shape", "Concat"],
         ),
     ],
 )
