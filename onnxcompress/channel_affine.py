@@ -13,7 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.cost import OperatorSpec
-from onnxcompress.graph import Constant, Graph, Node, Tensor, constant_value, is_constant, is_op, rank, static_shape
+from onnxcompress.graph import (
+    Constant,
+    Graph,
+    Node,
+    Tensor,
+    constant_value,
+    is_constant,
+    is_op,
+    rank,
+    scalar_value,
+    static_shape,
+)
 from onnxcompress.linear import batchnorm_affine
 from onnxcompress.linear_nodes import FLOATS, channel_vector, other_operand
 
@@ -113,6 +124,10 @@ def read_affine_node(
     live = live_operand(node)
     if live is None:
         return None
+    if ends_gelu(graph, node):
+        return "it is the end of a GELU, for which the runtime has one kernel"
+    if (tensor_rank is None or axis == tensor_rank - 1) and ends_layer_norm(graph, node):
+        return "it is the end of a LayerNormalization, for which the runtime has one kernel"
     constant = node.inputs[1] if live is node.inputs[0] else node.inputs[0]
     if np.dtype(constant.dtype).name not in FLOATS:
         return f"the constant is {constant.dtype}, not floating point"
@@ -178,6 +193,32 @@ def why_not_same_shape(affine: ChannelAffine, tensor_rank: int | None, axis: int
     return None
 
 
+# -- what belongs elsewhere ------------------------------------------------------------------------------------------
+
+
+def ends_gelu(graph: Graph, node: Node) -> bool:
+    """Whether ``node`` is the Mul by 0.5 that ends x * (1 + erf(x / sqrt(2))) * 0.5, or the form with tanh.
+
+    onnxruntime makes one kernel of the whole; where a neighbour takes the 0.5 in, it does not, and all the rest is run
+    node by node.
+    """
+    product = graph.producer(live_operand(node)) if is_op(node, "Mul") else None
+    if product is None or not is_op(product, "Mul") or all(scalar_value(tensor) != 0.5 for tensor in node.inputs):
+        return False
+    sums = [maker for tensor in product.inputs if (maker := graph.producer(tensor)) is not None and is_op(maker, "Add")]
+    return any(is_op(graph.producer(tensor), "Erf", "Tanh") for maker in sums for tensor in maker.inputs)
+
+
+def ends_layer_norm(graph: Graph, node: Node) -> bool:
+    """Whether ``node`` is the Mul or the Add after (x - mean) / sqrt(variance), which is fused as a GELU is."""
+    source = graph.producer(live_operand(node))
+    if is_op(node, "Add") and source is not None and is_op(source, "Mul"):
+        node, source = source, graph.producer(live_operand(source))
+    if source is None or not is_op(node, "Mul") or not is_op(source, "Div"):
+        return False
+    return is_op(graph.producer(source.inputs[1]), "Sqrt")
+
+
 # -- whether the numbers bear it -------------------------------------------------------------------------------------
 
 
@@ -196,16 +237,20 @@ def why_not_shift(shift: np.ndarray, dtype: np.dtype) -> str | None:
     return None
 
 
+DEAD = 1e-12  # of the largest weight: channels that training has switched off, in files down to 1e-38
+
+
 def why_not_scale(peaks: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> str | None:
-    """The reason why scaled weights would lose precision, or None.
+    """The reason why scaled weights would lose precision, or None. Dead channels have none to lose.
 
     Args:
         peaks: Largest magnitude of the weights that each factor meets, in the order of ``scale``.
         scale: Factors.
         dtype: Element type of the weights.
     """
-    scaled = np.abs(peaks.astype(np.float64) * scale)
     tiny = float(np.finfo(dtype).tiny)
+    alive = peaks >= max(tiny, DEAD * float(peaks.max(initial=0)))
+    scaled = np.abs(peaks.astype(np.float64) * scale)[alive]
     if ((scaled > 0) & (scaled < tiny)).any():
         smallest = float(scaled[scaled > 0].min())
         return f"a scaled weight of {smallest:.3g} is below the normal range of {dtype} ({tiny:.3g})"

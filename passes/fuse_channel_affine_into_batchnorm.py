@@ -4,7 +4,7 @@
     after    y = BatchNormalization(x, scale', B', mean, var)
 
 The whole run is S * x + T; with the deviation d = sqrt(var + epsilon):  scale' = S * d,  B' = T + S * mean. This is for
-what no linear operator takes in. Exact up to rounding: max|d| / max|y| was 1.2e-6 at worst over 2000 random runs.
+what no linear operator takes in. Exact up to rounding: max|d| / max|y| was 2.0e-6 at worst over 2000 random runs.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.channel_affine import ELEMENTWISE, live_operand, why_not_copy, why_not_shift
+from onnxcompress.channel_affine import ELEMENTWISE, ends_gelu, live_operand, why_not_copy, why_not_shift
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, numpy_dtype
 from onnxcompress.linear_conv import cast
 from onnxcompress.linear_nodes import FLOATS
@@ -40,15 +40,15 @@ class FuseConstantAffineChain(RewritePass[Site]):
         reader = graph.only_reader(node.outputs[0])
         if source is None or (reader is not None and is_op(reader, *ELEMENTWISE) and live_operand(reader) is not None):
             return None  # the last node of the run speaks for it
-        nodes = [node]
-        while is_op(maker := graph.producer(source), *ELEMENTWISE) and graph.feeds_only(source, nodes[0]):
-            assert maker is not None
+        nodes: list[Node] = []
+        maker: Node | None = node
+        while maker is not None and is_op(maker, *ELEMENTWISE) and not ends_gelu(graph, maker):
             before = live_operand(maker)
-            if before is None:
+            if before is None or (nodes and not graph.feeds_only(source, nodes[0])):
                 break
             nodes.insert(0, maker)
-            source = before
-        if len(nodes) == 1 or is_constant(source):
+            source, maker = before, graph.producer(before)
+        if len(nodes) < 2 or is_constant(source):
             return None
         steps = self.shorten(nodes)
         if isinstance(steps, str):

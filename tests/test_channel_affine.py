@@ -143,6 +143,34 @@ def test_run_ends_where_the_constant_may_broadcast():
     assert len(run.nodes) == 1
 
 
+ERF = "u = Div(x, root) e = Erf(u) o = Add(e, one) p = Mul(x, o) y = Mul(p, half)"
+TANH = "e = Tanh(x) o = Add(one, e) p = Mul(o, x) y = Mul(half, p)"
+NORM = "d = Sub(x, n) q = Mul(d, d) w = ReduceMean<axes=[-1]>(q) e = Add(w, tiny) r = Sqrt(e) p = Div(d, r)"
+KERNEL = {name: np.array(value, F) for name, value in {"root": 1.41421, "one": 1, "half": 0.5, "tiny": 1e-5}.items()}
+
+
+@pytest.mark.parametrize(
+    ("calls", "axis", "words"),
+    [
+        (ERF, 1, "GELU"),
+        (TANH, 3, "GELU"),
+        (f"{NORM} y = Mul(p, row)", 3, "LayerNormalization"),
+        (f"{NORM} m = Mul(p, row) y = Add(m, row)", 3, "LayerNormalization"),
+        (f"{NORM} y = Mul(p, row)", 1, None),
+        (ERF.replace("half", "one"), 1, None),
+        (ERF.replace("Erf", "Sin"), 1, None),
+        (f"{NORM.replace('Sqrt', 'Exp')} y = Mul(p, row)", 3, None),
+        (f"{NORM} m = Mul(p, d) y = Add(m, row)", 3, None),
+    ],
+)
+def test_what_the_runtime_has_one_kernel_for_is_left_to_it(calls, axis, words):
+    row = np.ones(3, F).reshape(-1, *[1] * (3 - axis))
+    text = f"g (float[N,3,3,3] x, float[N,3,3,1] n) => (float[N,3,3,3] y) {{ {calls} }}"
+    graph = graph_of(model(text, row=row, **KERNEL))
+    found = read_affine_node(graph, graph.nodes[-1], 3, 4, axis)
+    assert isinstance(found, ChannelAffine) if words is None else words in found
+
+
 def test_limits():
     f32, f16 = np.dtype(F), np.dtype(np.float16)
     assert why_not_shift(np.array([-4096.0]), f32) is None and "4097" in why_not_shift(np.array([-4097.0]), f32)
@@ -150,6 +178,8 @@ def test_limits():
     assert why_not_scale(np.ones(2), np.array([1e-5, 1]), f32) is None
     assert "1e-05" in why_not_scale(np.ones(2), np.array([1e-5, 1]), f16)
     assert why_not_scale(np.ones(2), np.array([0, 1]), f16) is None
+    assert why_not_scale(np.array([1e-37, 1]), np.array([1e-3, 1]), f32) is None
+    assert "1e-40" in why_not_scale(np.array([1e-37, 1e-30]), np.array([1e-3, 1]), f32)
 
 
 def test_copy_of_a_shared_weight_has_a_limit():

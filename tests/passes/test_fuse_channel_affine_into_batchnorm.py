@@ -9,7 +9,7 @@ from onnxcompress.passes.fuse_channel_affine_into_batchnorm import FuseChannelAf
 from onnxcompress.testing import apply, assert_equivalent, graph_of, model, ops
 
 F = np.float32
-REL = 5e-6  # measured 1.2e-6 over 2000 random runs
+REL = 1e-5  # measured 2.0e-6 over 2000 random runs
 X = "float[N,3,4,5] x"
 Y = "float[N,3,4,5] y"
 BN = "BatchNormalization({}, s, B, m, v)"

@@ -160,6 +160,9 @@ def test_double_precision_does_not_go_through_a_float_attribute():
     assert result.rewrites == 0 and "float32" in result.misses[0].reason
     after, result = apply(FuseChannelAffineIntoGemm(), model(text, k=np.array(0.25)))
     assert result.rewrites == 1 and ops(after) == ["Gemm"]
+    text = "g (double[N,5] x, double[6] c) => (double[N,6] y) { p = Gemm(x, W, c) y = Mul(p, k) }"
+    _, result = apply(FuseChannelAffineIntoGemm(), model(text, W=W.astype(np.float64), k=np.array(0.3)))
+    assert result.rewrites == 0 and "float32" in result.misses[0].reason
 
 
 def test_large_shared_matrix_is_not_copied():

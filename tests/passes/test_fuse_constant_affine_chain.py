@@ -17,6 +17,7 @@ CONSTANTS = {
     "two": np.array(2, F),
     "six": np.array([6], F),
     "half": np.array(0.5, F),
+    "one": np.array(1, F),
     "c": np.array([[1.5], [-2], [0.25]], F),
     "row": np.array([1, -2, 3, 0.5], F),
 }
@@ -152,6 +153,7 @@ NEAR_MISSES = {
     "scale then shift": ("a = Mul(x, two) y = Add(a, six)", None),
     "not linear": ("a = Mul(x, two) y = Div(six, a)", None),
     "nothing left": ("a = Neg(x) y = Neg(a)", None),
+    "GELU": ("u = Div(x, two) e = Erf(u) o = Add(e, one) p = Mul(x, o) a = Mul(p, half) y = Mul(a, six)", None),
     "live": ("a = Mul(x, x) y = Mul(a, six)", None),
 }
 
