@@ -16,8 +16,8 @@ from onnxcompress.rewrite import Miss
 from onnxcompress.sizes import Sizes, slice_bounds
 from onnxcompress.sizes_pass import SizesPass
 
-# No axis is longer, and exporters write it for "to the end", as they do with the greatest int64.
-NO_END = (1 << 31) - 1
+# No axis is longer. Exporters write it for "to the end" (tf2onnx; others the greatest int32 or int64).
+NO_END = 10**9
 
 
 class EliminateNoopSlice(SizesPass[Bypass], BypassPass):

@@ -9,7 +9,8 @@ C = """<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] th
     int64[1] max32 = {2147483647}, int64[1] max64 = {9223372036854775807},
     int64[1] minus1 = {-1}, int64[1] minus3 = {-3}, int64[1] minus9 = {-9},
     int32[1] zero32 = {0}, int32[1] most32 = {2147483647}, int64[2] zeros = {0, 0}, int64[2] ends = {99, 2147483647},
-    int64[2] axes = {1, -1}, int64[2] short = {2, 2147483647}, int64[1] many = {99}>"""
+    int64[2] axes = {1, -1}, int64[2] short = {2, 2147483647}, int64[1] many = {99},
+    int64[1] billion = {1000000000}>"""
 
 
 def chain(call, before=""):
@@ -21,6 +22,7 @@ def chain(call, before=""):
     [
         ("Slice(a, zero, max64, one)", 17),
         ("Slice(a, zero, max32, two, one)", 17),
+        ("Slice(a, zero, billion, two)", 17),
         ("Slice(a, zero, three, one)", 10),
         ("Slice(a, minus3, many, one)", 13),
         ("Slice(a, minus9, max32, one)", 13),
