@@ -17,10 +17,12 @@ from onnx.reference import ReferenceEvaluator
 from onnxcompress import pipeline
 from onnxcompress.errors import RuntimeFailure
 from onnxcompress.model_io import load, to_proto
+from onnxcompress.randomness import random_outputs
 from onnxcompress.rewrite import Settings
 from onnxcompress.runtime import Runtime
 
-SHARDS = 8
+# A quarter of the models runs by default, all of them with `-m slow`.
+SHARDS = [*range(2), *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, 8))]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def runtime():
-    with Runtime(timeout_s=60) as child:
+    with Runtime() as child:
         yield child
 
 
@@ -86,12 +88,12 @@ def assert_same(expected, actual, case, what):
         assert expected == actual or expected is actual, what
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("shard", SHARDS)
 def test_node_models_keep_their_meaning(shard, cases, runtime):
     settings = Settings(evaluate=lambda model, feeds: runtime.run(model.SerializeToString(), [feeds])[0])
     selected = pipeline.select()
     compared = 0
-    for case in cases[shard::SHARDS]:
+    for case in cases[shard :: len(SHARDS)]:
         inputs = [
             numpy_helper.to_array(value) if isinstance(value, TensorProto) else value for value in case.data_sets[0][0]
         ]
@@ -102,8 +104,7 @@ def test_node_models_keep_their_meaning(shard, cases, runtime):
             what = case.name + (" with constants" if proto is not case.model else "")
             names = [value.name for value in proto.graph.input]
             feeds = dict(zip(names, values, strict=False))
-            before = evaluate(runtime, proto, feeds)
-            again = evaluate(runtime, proto, feeds)
+            before = None if random_outputs(proto) else evaluate(runtime, proto, feeds)
             graph = load(ModelProto.FromString(proto.SerializeToString()))
             pipeline.run(graph, selected, settings)
             after = to_proto(graph)
@@ -114,20 +115,10 @@ def test_node_models_keep_their_meaning(shard, cases, runtime):
             except onnx.checker.ValidationError:
                 continue
             onnx.checker.check_model(after)
-            if before is None or not equal(before, again):
+            if before is None:
                 continue  # nothing runs it, or it is random
             result = evaluate(runtime, after, feeds)
             assert result is not None, f"{what}: the result does not run"
             assert_same(before, result, case, what)
             compared += 1
-    assert compared > 1.2 * len(cases[shard::SHARDS]), "most models are compared, many of them twice"
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, list):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, np.ndarray) and a.dtype.kind in "fc":
-        return np.array_equal(a, b, equal_nan=True)
-    if isinstance(a, np.ndarray):
-        return a.tobytes() == np.asarray(b).tobytes() or np.array_equal(a, b)
-    return a is b or a == b
+    assert compared > 1.2 * len(cases[shard :: len(SHARDS)]), "most models are compared, many of them twice"
