@@ -5,6 +5,7 @@ A rule returns None where it cannot follow. Divisions truncate toward zero, as o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -354,7 +355,29 @@ def _shape_of_tile(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
     return [a * b for a, b in zip(source, counts.items, strict=True)]
 
 
+def _shape_of_elementwise(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
+    shapes = []
+    for tensor in node.inputs:
+        dims = sizes.dims(tensor)
+        if dims is None:
+            return None
+        shapes.append(dims)
+    axes = max(map(len, shapes))
+    columns = zip(*((ONE,) * (axes - len(dims)) + dims for dims in shapes), strict=True)
+    return [functools.reduce(_meet, column) for column in columns]
+
+
+def _meet(a: Size | None, b: Size | None) -> Size | None:
+    return None if a is None or b is None else broadcast_size(a, b)
+
+
+_ELEMENTWISE = (
+    *("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Max", "Min", "Mean", "Sum", "And", "Or", "Xor", "Where", "PRelu"),
+    *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"),
+)
+
 SHAPES: dict[str, ShapeRule] = {
+    **dict.fromkeys(_ELEMENTWISE, _shape_of_elementwise),
     "Concat": _shape_of_concat,
     "ConstantOfShape": _shape_of_fill,
     "Expand": _shape_of_expand,

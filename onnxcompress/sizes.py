@@ -214,12 +214,18 @@ class Sizes:
 
     def _name(self, node: Node) -> None:
         """Learn what the names that inference gave to an output's sizes stand for."""
-        found, shape = self.output_dims(node), node.outputs[0].shape
+        shape = node.outputs[0].shape
+        if shape is None or not any(isinstance(dim, str) and not self._is_told(dim) for dim in shape):
+            return
+        found = self.output_dims(node)
         if found is None or shape is None or len(found) != len(shape):
             return
         for dim, size in zip(shape, found, strict=True):
-            if isinstance(dim, str) and size is not None and dim not in self._alias and dim not in self._unknowns:
+            if isinstance(dim, str) and size is not None and not self._is_told(dim):
                 self._alias[dim] = size
+
+    def _is_told(self, name: str) -> bool:
+        return name in self._alias or name in self._unknowns
 
 
 def slice_bounds(sizes: Sizes, node: Node) -> tuple[Values, Values, list[int], list[int]] | None:

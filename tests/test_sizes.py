@@ -50,6 +50,7 @@ def check(proto, dims=((2, 5), (1, 1), (0, 4), (3, 0)), *, known=True):
 CONSTANTS = """<int64 zero = {0}, int64 one = {1}, int64 two = {2}, int64 seven = {7}, int64[1] zero1 = {0},
     int64[1] one1 = {1}, int64[1] two1 = {2}, int64[1] three1 = {3}, int64[1] minus1 = {-1}, int64[1] minus100 = {-100},
     int64[3] picks = {2, -3, 0}, int64[2] lengths = {1, 2}, int64[2] copy_rest = {0, -1}, int64[1] big = {200},
+    int64[3] picks3 = {2, 1, 3}, int64[2] all_but_two = {3, -1},
     float half = {0.5}>"""
 
 
@@ -93,6 +94,10 @@ def shape_model(body, outputs="int64[k] y", **options):
         "f = Concat<axis = 2>(x, x) y = Shape(f)",
         "f = Concat<axis = -1>(x, x) t = Transpose(f) y = Shape(t)",
         "f = ConstantOfShape(s) y = Shape(f)",
+        "f = Reshape(x, all_but_two) g = ReduceMax<keepdims = 1, axes = [0]>(f) h = Add(g, f) y = Shape(h)",
+        "o = ConstantOfShape<value = int64[1] {1}>(three1) e = Expand(x, o) y = Shape(e)",
+        "e = Expand(x, s) y = Shape(e)",
+        "t = Tile(x, picks3) y = Shape(t)",
     ],
 )
 def test_follows(body):
