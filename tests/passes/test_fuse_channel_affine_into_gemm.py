@@ -98,6 +98,16 @@ def test_rank_need_not_be_known_for_the_right_matrix():
     assert_equivalent(before, after, rel=REL, feeds=feeds)
 
 
+def test_scalar_needs_no_rank_for_the_left_matrix():
+    text = """g (float[N,4] x, int64[r] shape) => (float[n,m] y)
+    { u = Reshape(x, shape) p = MatMul(U, u) a = Div(p, k) y = Flatten(a) }"""
+    before = model(text, U=np.ascontiguousarray(W.T), k=SCALAR)
+    after, result = apply(FuseChannelAffineIntoGemm(), before)
+    assert result.rewrites == 1 and ops(after) == ["Reshape", "MatMul", "Flatten"]
+    feeds = [{"x": rng.normal(size=(5, 4)).astype(F), "shape": np.array([2, 5, 2])}]
+    assert_equivalent(before, after, rel=REL, feeds=feeds)
+
+
 GEMM = "p = Gemm(x, W) y = Mul(p, k)"
 LIVE_C = "g (float[N,5] x, float[6] c) => (float[N,6] y) { p = Gemm(x, W, c) y = Mul(p, k) }"
 NEAR_MISSES = {
@@ -116,6 +126,7 @@ NEAR_MISSES = {
     "MatMul per row": (f"g (float[6,5] x) => (float[6,6] y) {{ {GEMM.replace('Gemm', 'MatMul')} }}", COLUMN),
     "left matrix, per column": ("g (float[5,6] x) => (float[6,6] y) { p = MatMul(U, x) y = Mul(p, k) }", ROW),
     "left matrix, a vector": ("g (float[5] x) => (float[6,6] y) { p = MatMul(U, x) y = Mul(p, k) }", COLUMN),
+    "left matrices, a vector": ("g (float[5] x) => (float[6,6] y) { p = MatMul(U6, x) y = Mul(p, k) }", COLUMN),
     "underflow": (f"g (float[N,5] x) => (float[N,6] y) {{ {GEMM} }}", np.array(1e-40, F)),
     "MatMul underflow": (
         f"g (float[N,5] x) => (float[N,6] y) {{ {GEMM.replace('Gemm', 'MatMul')} }}",
@@ -131,7 +142,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_miss_is_left_alone(name):
     text, k = NEAR_MISSES[name]
-    before = model(text, W=W, U=np.ascontiguousarray(W.T), k=k, r=np.ones((3, 1), F))
+    before = model(text, W=W, U=np.ascontiguousarray(W.T), U6=np.stack([W.T] * 6), k=k, r=np.ones((3, 1), F))
     after, result = apply(FuseChannelAffineIntoGemm(), before)
     assert result.rewrites == 0 and len(result.misses) == 1 and ops(after) == ops(before)
     assert_equivalent(before, after)

@@ -71,6 +71,7 @@ def test_columns_that_broadcast_are_left_alone():
     [
         "g (float[B,N,5] x) => (float[B,N,6] y) { p = MatMul(x, W) y = Add(p, c) }",
         "g (float[5] x) => (float[6] y) { p = MatMul(x, W) y = Add(p, c) }",
+        f"g ({X}, float[3,5,6] w) => (float[3,N,6] y) {{ p = MatMul(x, w) y = Add(p, c) }}",
         f"g ({X}, float[6] r) => ({Y}) {{ p = MatMul(x, W) y = Add(p, r) }}",
         f"g ({X}) => ({Y}) {{ p = MatMul(x, W) y = Mul(p, c) }}",
     ],
