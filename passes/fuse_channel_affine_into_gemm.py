@@ -7,7 +7,8 @@
     after    y = MatMul(x, W * s) + (s * b + t)
 
 A scalar enters a Gemm of two unknown matrices through alpha and beta. A MatMul has no bias, so an Add stays where
-there is a shift; it is done where nodes disappear. Exact up to rounding: max|d| / max|y| was 4.9e-7 at worst over 2000 layers.
+there is a shift; it is done where nodes disappear. Exact up to rounding: max|d| / max|y| was 4.9e-7 at worst over 2000
+random layers.
 """
 
 from __future__ import annotations
