@@ -23,6 +23,7 @@ from onnxcompress.errors import OnnxCompressError, OutputError, RecipeError
 EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+MODEL_TIMEOUT_S = 300.0  # for one load or one run of a model
 LEVELS = {
     0: "nothing, a checked copy",
     1: "cleanup: constants, dead code, no-ops, duplicates",
@@ -262,7 +263,8 @@ def optimize(
         wishes["tolerance"] = tolerance
     wishes |= {
         "only": _names(only),
-        "skip": (*_names(skip), *_skipped_by(level)),
+        "skip": _names(skip),
+        "level": level,
         "input_shapes": dict(input_shapes),
         "max_constant_bytes": int(max_constant_mb * (1 << 20)),
         "measure_latency": latency,
@@ -284,15 +286,6 @@ def optimize(
     if report is not None and done:
         reports.write(report, done)
     return worst
-
-
-def _skipped_by(level: int) -> list[str]:
-    from onnxcompress import pipeline
-
-    kept = {0: set(), 1: {"cleanup"}, 2: {"cleanup", "fusion", "folding"}}.get(level)
-    if kept is None:
-        return []
-    return [cls.name for stage in pipeline.ORDER for cls in stage.passes if stage.name not in kept]
 
 
 def _embedded(
@@ -389,17 +382,32 @@ def optimize_one(
     raising: bool = False,
 ) -> dict[str, Any]:
     """Optimize one file; with ``raising`` False a failure comes back as a dictionary with ``error`` and ``code``."""
+    from onnxcompress.runtime import Runtime
+
+    # Started before the rest is imported: onnxruntime is imported in the child at the same time.
+    with Runtime(timeout_s=MODEL_TIMEOUT_S) as runtime:
+        return _optimize_one(source, target, wishes, metric, say or (lambda line: None), raising, runtime)
+
+
+def _optimize_one(
+    source: Path,
+    target: Path,
+    wishes: dict[str, Any],
+    metric: str | None,
+    say: Callable[[str], None],
+    raising: bool,
+    runtime: Any,
+) -> dict[str, Any]:
     from onnxcompress import report as reports
     from onnxcompress.optimizer import optimize as run
 
     try:
-        result = run(source, target, progress=say, **wishes)
+        result = run(source, target, progress=say, runtime=runtime, **wishes)
         if metric is not None:
             from onnxcompress.validation import validate as compare
 
-            if say is not None:
-                say(f"measuring {metric}")
-            checked = compare(source, target, data=wishes["data"], metric=metric)
+            say(f"measuring {metric}")
+            checked = compare(source, target, data=wishes["data"], metric=metric, runtime=runtime)
             result.quality = checked.quality
         return reports.as_dict(result)
     except OnnxCompressError as error:

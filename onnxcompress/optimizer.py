@@ -51,6 +51,7 @@ class OptimizeOptions:
     Args:
         only: Names of the passes to run; all when empty.
         skip: Names of passes to leave out.
+        level: 0 nothing, 1 cleanup, 2 also fusion and folding, 3 also merges.
         input_shapes: New shapes of inputs, by name; the interface changes accordingly, because it was asked for.
         batch: New size of the first axis of every input that has a dynamic one.
         check: Compare the result with the original on onnxruntime before it is written.
@@ -71,6 +72,7 @@ class OptimizeOptions:
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    level: int = 3
     input_shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
     batch: int | None = None
     check: bool = True
@@ -139,6 +141,7 @@ def optimize(
     *,
     options: OptimizeOptions | None = None,
     progress: Progress | None = None,
+    runtime: Runtime | None = None,
     **wishes: Any,
 ) -> Result:
     """Make a model smaller and faster without changing what it computes.
@@ -148,6 +151,7 @@ def optimize(
         output: Where to write the result; it appears only when complete and checked. None writes nothing.
         options: The wishes; ``wishes`` are the same by keyword.
         progress: Called with a line at each step.
+        runtime: Where models run; one of its own when None.
 
     Returns:
         Figures before and after, what each pass did, and the proof.
@@ -161,7 +165,8 @@ def optimize(
     chosen = options or OptimizeOptions(**wishes)
     with contextlib.ExitStack() as stack:
         target = None if output is None else Path(output)
-        return _Job(model, target, chosen, stack, progress or (lambda line: None)).run()
+        runtime = runtime or stack.enter_context(Runtime(timeout_s=chosen.timeout_s))
+        return _Job(model, target, chosen, stack, runtime, progress or (lambda line: None)).run()
 
 
 class _Job:
@@ -173,17 +178,18 @@ class _Job:
         output: Path | None,
         options: OptimizeOptions,
         stack: contextlib.ExitStack,
+        runtime: Runtime,
         progress: Progress,
     ) -> None:
         self.started = time.monotonic()
         self.options = options
         self.stack = stack
-        self.runtime = stack.enter_context(Runtime(timeout_s=options.timeout_s))
+        self.runtime = runtime
         self.helper: Runtime | None = None  # evaluates constants while the first one is looking for inputs
         self.progress = progress
         self.output = output
         self.dropped: list[Dropped] = []
-        self.selected = pipeline.select(options.only, options.skip)
+        self.selected = pipeline.select(options.only, options.skip, options.level)
         self.path: Path | None = None
         self.folder: Path | None = None
         if isinstance(model, onnx.ModelProto):

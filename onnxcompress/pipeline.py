@@ -91,19 +91,26 @@ def _foreign(taken: set[str]) -> Iterable[PassClass]:
         yield cls
 
 
-def select(only: Sequence[str] = (), skip: Sequence[str] = ()) -> set[str]:
+def select(only: Sequence[str] = (), skip: Sequence[str] = (), level: int = 3) -> set[str]:
     """Names of the passes to run.
+
+    Args:
+        only: These alone; all when empty.
+        skip: Not these.
+        level: Not those of the stages beyond it: 0 none, 1 cleanup, 2 fusion and folding, 3 merging and all else.
 
     Raises:
         RecipeError: A name that no pass has.
     """
     names = [cls.name for cls in all_passes()]
+    stages = {0: 0, 1: 1, 2: 3}.get(level)
+    beyond = [] if stages is None else names[sum(len(stage.passes) for stage in ORDER[:stages]) :]
     for name in [*only, *skip]:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; --list-passes shows them"
             raise RecipeError(f"there is no pass {name!r}{hint}")
-    return {name for name in (only or names) if name not in set(skip)}
+    return {name for name in (only or names) if name not in {*skip, *beyond}}
 
 
 def run(
