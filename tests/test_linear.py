@@ -592,6 +592,8 @@ def test_skip_on_an_axis_of_size_one_does_not_mind_the_stride():
     assert why_not_identity(op, (1, 5)) is None
     assert why_not_identity(op, (2, 5)) == why_not_identity(op) == "spatial axis 0: stride 2"
     assert "axis 0: the output does not have the size" in why_not_identity(replace(op, pads_end=(3, 1)), (1, 5))
+    before = conv(rng, (2, 2), (1, 3), strides=(2, 1), pads=(1, 1), pads_end=(0, 1))  # reads -1, where no data is
+    assert "axis 0: no tap reads its own position" in why_not_identity(before, (1, 5))
     x = rng.standard_normal((1, 2, 1, 5))
     expected = reference(op, x) + x
     assert error(reference(add_identity(op, spatial=(1, 5)), x), expected, magnitude(op, x=x)) < EXACT
