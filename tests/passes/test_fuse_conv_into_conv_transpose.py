@@ -80,6 +80,7 @@ WEIGHTS = {
 }
 BIAS_BEFORE = "c = Conv(x, C, c0) y = ConvTranspose(c, A)"
 READ_ELSEWHERE = "c = ConvTranspose(x, A) y = Conv(c, B) z = Relu(c)"
+CONV_READ_ELSEWHERE = "c = Conv(x, C) y = ConvTranspose(c, A) z = Relu(c)"
 LARGER = "c = ConvTranspose(x, A) y = Conv(c, K)"
 STRIDED = "c = ConvTranspose(x, A) y = Conv<strides=[2,2]>(c, B)"
 LIVE = "c = ConvTranspose(x, A) y = Conv(c, U)"
@@ -93,10 +94,11 @@ LIVE = "c = ConvTranspose(x, A) y = Conv(c, U)"
         (STRIDED, "does not have the positions"),
         (LIVE, "not a constant"),
         (READ_ELSEWHERE, None),
+        (CONV_READ_ELSEWHERE, "read elsewhere"),
     ],
 )
 def test_near_miss_is_left_alone(nodes, reason):
-    outputs = "float[N,6,h,w] y" + (", float[N,6,h,w] z" if " z" in nodes else "")
+    outputs = "float[N,6,h,w] y" + (", float[N,e,f,g] z" if " z" in nodes else "")
     used = {name: v for name, v in WEIGHTS.items() if f" {name}" in nodes}
     before = model(f"g ({X}, float[6,6,1,1] U) => ({outputs}) {{ {nodes} }}", **used)
     after, result = apply(FuseConvIntoConvTranspose(), before)

@@ -150,6 +150,16 @@ def test_another_thing_is_left_alone(nodes):
     assert ops(after) == ops(before) and result.rewrites == 0
 
 
+@pytest.mark.parametrize(("axes", "shape"), [("[2]", "8,8,3"), ("[1,2]", "8,3"), ("[0,2]", "8,3")])
+def test_a_mean_over_other_axes_is_no_pool(axes, shape):
+    # Each gives 8 columns, as many as the matrix takes.
+    nodes = f"c = Conv(x, A, a) f = ReduceMean<axes={axes}, keepdims=0>(c) y = MatMul(f, G)"
+    weights = {name: values for name, values in WEIGHTS.items() if name != "g"}
+    before = model(f"g (float[8,4,8,8] x) => (float[{shape}] y) {{ {nodes} }}", **weights)
+    after, result = apply(FuseConvIntoGlobalPoolGemm(), before)
+    assert ops(after) == ops(before) and result.rewrites == 0
+
+
 def test_flatten_of_something_else_is_no_head():
     text = """g (float[2,4,H,W] x) => (float[1,3] y) {
         c = Conv(x, A, a) p = GlobalAveragePool(c) f = Reshape(p, s) y = MatMul(f, K)

@@ -157,6 +157,30 @@ def test_nested_sums_merge_from_the_inside():
     assert sorted(ops(after)) == ["Add", "Add", "Conv"] and result.rewrites == 1
 
 
+def test_a_sum_within_a_sum_is_refused_once():
+    text = """g (float[N,64,16,16] x, float[1,64,1,1] t) => (float[N,64,h,w] y) {
+        c = Conv(x, A) d = Conv<pads=[3,3,3,3], group=64>(x, B) e = Add(c, d) y = Add(e, t)
+    }"""
+    before = model(text, A=normal(64, 64, 1, 1), B=normal(64, 1, 7, 7))
+    _, result = apply(FuseParallelConvs(), before)
+    assert result.rewrites == 0 and len(result.misses) == 1
+
+
+def test_a_constant_that_broadcasts_the_input_is_no_step_of_a_branch():
+    text = """g (float[N,1,H,W] x) => (float[N,6,h,w] y) {
+        a = Mul(x, k) c = Conv(a, A) b = Mul(x, l) d = Conv(b, B) y = Add(c, d)
+    }"""
+    constants = {
+        "k": normal(4, 1, 1),
+        "l": normal(4, 1, 1, seed=1),
+        "A": normal(6, 4, 1, 1),
+        "B": normal(6, 4, 1, 1, seed=1),
+    }
+    before = model(text, **constants)
+    after, result = apply(FuseParallelConvs(PAYS), before)
+    assert ops(after) == ops(before) and "broadcast the channel axis" in result.misses[0].reason
+
+
 PAIR = "c = Conv<pads=[1,1,1,1]>(x, A) d = Conv(x, B)"
 READ_ELSEWHERE = f"g ({X}) => ({Y}, float[N,6,h,w] z) {{ {PAIR} y = Add(c, d) z = Relu(c) }}"
 MODEL_OUTPUT = f"g ({X}) => ({Y}, float[N,6,h,w] c) {{ {PAIR} y = Add(c, d) }}"
