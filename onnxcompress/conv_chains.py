@@ -68,17 +68,19 @@ def readable_runs(nodes: Sequence[Node]) -> list[list[Node]]:
     return [run for run in runs if len(run) > 1 and any(node.op == "Conv" for node in run)]
 
 
-def segments_that_pay(graph: Graph, nodes: Sequence[Node], cost: CostModel) -> list[Segment] | str:
+def segments_that_pay(
+    graph: Graph, nodes: Sequence[Node], cost: CostModel, *, approximate: bool = False
+) -> list[Segment] | str:
     """The segments of the fastest partition of a chain, or the reason why it stays as it is.
 
-    A segment must pay on its own; the partition may not grow the file.
+    A segment must pay on its own; the partition may not grow the file. Segments of class 4 take part if ``approximate``.
     """
     source = nodes[0].inputs[0]
     ops = read_path(graph, Path(source, tuple(nodes)))
     if isinstance(ops, str):
         return ops
     try:
-        geometry = ChainGeometry(ops, spatial_sizes(source, ops[0]))
+        geometry = ChainGeometry(ops, spatial_sizes(source, ops[0]), approximate=approximate)
     except ValueError as error:
         return str(error)
     prices = _SegmentPrices(nodes, ops, geometry, cost)

@@ -64,7 +64,7 @@ class Plan:
         spatial: Size of that input per axis.
         conv: The merged convolution with weights of zeros that take no memory; with a bias unless there is a map.
         places: Of the bias map, as in ``BiasMap``; None along every axis where there is no map.
-        exactness: Never APPROXIMATE.
+        exactness: APPROXIMATE only where the chain's geometry allows it.
     """
 
     chains: tuple[Chain, ...]
@@ -112,6 +112,11 @@ class Plan:
 class ChainGeometry:
     """The linear part of every segment of a chain, by sizes alone: channels left out, weights of ones.
 
+    Args:
+        ops: In execution order.
+        spatial: Input size per axis.
+        approximate: Put segments together that are not exact, too.
+
     Attributes:
         sizes: Spatial sizes before each operator, and after the last.
 
@@ -119,15 +124,16 @@ class ChainGeometry:
         ValueError: A kernel does not fit a size.
     """
 
-    def __init__(self, ops: Sequence[ConvOp], spatial: Sizes) -> None:
+    def __init__(self, ops: Sequence[ConvOp], spatial: Sizes, *, approximate: bool = False) -> None:
         self.ops = tuple(ops)
+        self.approximate = approximate
         self.sizes = [tuple(spatial)]
         for op in ops:
             self.sizes.append(output_sizes(op, self.sizes[-1]))
         self._known: dict[tuple[int, int], tuple[ConvOp, Exactness] | None] = {}
 
     def linear(self, start: int, stop: int) -> tuple[ConvOp, Exactness] | None:
-        """Operators start to stop - 1 without biases as one, and the worst class met; None if it is approximate."""
+        """Operators start to stop - 1 without biases as one, and the worst class met; None if that is not allowed."""
         if (start, stop) not in self._known:
             self._known[start, stop] = self._linear(start, stop)
         return self._known[start, stop]
@@ -144,6 +150,9 @@ class ChainGeometry:
             exactness = border_class(left[0], right[0], self.sizes[start])
             if exactness is not Exactness.APPROXIMATE:
                 return compose(left[0], right[0]), max(left[1], right[1], exactness)
+        left, right = self.linear(start, stop - 1), self.linear(stop - 1, stop)
+        if self.approximate and left is not None and right is not None:
+            return compose(left[0], right[0]), Exactness.APPROXIMATE
         return None
 
     def plan(self, start: int, stop: int) -> Plan | str:

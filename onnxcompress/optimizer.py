@@ -21,7 +21,7 @@ import onnx
 
 from onnxcompress import pipeline
 from onnxcompress.comparison import Comparison
-from onnxcompress.cost import Measured, count
+from onnxcompress.cost import CostModel, MacsAndBytes, Measured, count
 from onnxcompress.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
 from onnxcompress.errors import EquivalenceError, OutputError, PassError, RuntimeFailure
 from onnxcompress.graph import Graph
@@ -29,7 +29,8 @@ from onnxcompress.interface import set_input_shapes
 from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures, gzip_bytes, size_on_disk
 from onnxcompress.model_io import StagedFile, load, parse_proto, read_proto, to_proto
 from onnxcompress.pipeline import PipelineResult
-from onnxcompress.rewrite import Settings
+from onnxcompress.linear import Exactness
+from onnxcompress.rewrite import Allowance, Settings
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes, skeleton
@@ -39,6 +40,7 @@ from onnxcompress.validation import data_feeds
 logger = logging.getLogger(__name__)
 
 GROWTH_LIMIT = 1.01  # times the original's bytes
+NO_LIMIT = 1 << 30  # of approximate rewrites, before their error is known
 CHECK_SAMPLES = 4  # of the user's data
 SLOWER_LIMIT = 0.97  # a ratio original / result below this, interval included, is slower
 Progress = Callable[[str], None]
@@ -208,12 +210,10 @@ class _Job:
             check_target(output)
         self.reshaped = set_input_shapes(self.proto, options.input_shapes, options.batch)
         self._reference: _Later[Reference] | None = None
-        self.settings = Settings(
-            max_constant_bytes=options.max_constant_bytes,
-            allow_approximate=options.allow_approximate,
-            evaluate=self._evaluate,
-            **({"cost": Measured(self.runtime, threads=options.threads)} if options.cost == "measured" else {}),
-        )
+        self.approximations = NO_LIMIT if options.allow_approximate is not None else 0
+        self.cost: CostModel = MacsAndBytes()
+        if options.cost == "measured":
+            self.cost = Measured(self.runtime, threads=options.threads)
 
     def run(self) -> Result:
         graph = self._load()
@@ -247,7 +247,8 @@ class _Job:
                     comparison = self._check(graph, staged)
                     if not comparison.equivalent:
                         staged.discard()
-                        self._blame(work, comparison)
+                        if not self._fewer_approximations(passes, comparison):
+                            self._blame(work, comparison)
                         continue
                 latency = None if unchanged else self._latency(staged)
                 if latency is not None and latency.high < SLOWER_LIMIT:
@@ -298,7 +299,7 @@ class _Job:
                 outcome = pipeline.run(
                     graph,
                     self.selected,
-                    self.settings,
+                    self._settings(),
                     after_pass=self._verifier(work) if self.options.verify_each else None,
                     progress=lambda name, number: self.progress(f"round {number}: {name}"),
                 )
@@ -343,7 +344,8 @@ class _Job:
     def _compare(self, candidate: Path) -> Comparison:
         assert self.reference is not None
         options = RunOptions(custom_ops=self.options.custom_ops)
-        return self.reference.compare(candidate, tolerance=self.options.tolerance, options=options)
+        tolerance = max(self.options.tolerance, self.options.allow_approximate or 0.0)
+        return self.reference.compare(candidate, tolerance=tolerance, options=options)
 
     def _latency(self, staged: StagedFile, budget_s: float | None = None) -> LatencyFigures | None:
         if not self.options.measure_latency or self.reference is None:
@@ -368,6 +370,14 @@ class _Job:
             self.helper = self.stack.enter_context(Runtime(timeout_s=self.options.timeout_s))
         return self.helper.run(model.SerializeToString(), [feeds])[0]
 
+    def _settings(self) -> Settings:
+        return Settings(
+            max_constant_bytes=self.options.max_constant_bytes,
+            cost=self.cost,
+            approximate=Allowance(self.approximations),
+            evaluate=self._evaluate,
+        )
+
     # -- going back --------------------------------------------------------------------------------------------------
 
     def _drop(self, name: str, reason: str) -> None:
@@ -381,6 +391,17 @@ class _Job:
         self.dropped.append(Dropped("merges" if merges else "all passes", reason))
         self.selected = self.selected - merges if merges else set()
 
+    def _fewer_approximations(self, passes: PipelineResult, comparison: Comparison) -> bool:
+        """Halve the number of approximate rewrites; False when there were none."""
+        done = sum(
+            rewrite.exactness is Exactness.APPROXIMATE for one in passes.results.values() for rewrite in one.done
+        )
+        if not done:
+            return False
+        self.approximations = done // 2
+        self.dropped.append(Dropped(f"{done - self.approximations} of {done} approximate merges", comparison.message()))
+        return True
+
     def _blame(self, work: Path, comparison: Comparison) -> None:
         """Find the pass that broke the model by checking after each, and leave it out.
 
@@ -389,7 +410,7 @@ class _Job:
         """
         self.progress("the result differs; looking for the pass that did it")
         try:
-            pipeline.run(self._load(), self.selected, self.settings, after_pass=self._verifier(work))
+            pipeline.run(self._load(), self.selected, self._settings(), after_pass=self._verifier(work))
         except _Guilty as guilty:
             self._drop(guilty.name, guilty.comparison.message())
             return

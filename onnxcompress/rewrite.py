@@ -59,6 +59,13 @@ class PassResult:
         return len(self.done)
 
 
+@dataclass
+class Allowance:
+    """How many approximate rewrites (class 4) may still be done; every one that is done takes from it."""
+
+    left: int = 0
+
+
 @dataclass(frozen=True)
 class Settings:
     """What passes may know of the user's wishes.
@@ -66,13 +73,13 @@ class Settings:
     Args:
         max_constant_bytes: Constant folding may not make a tensor larger than this, nor grow the file by more.
         cost: Prices candidate operators; a merge that does not pay is not done.
-        allow_approximate: Largest relative error at which rewrites of class 4 are tried; None forbids them.
+        approximate: How many rewrites of class 4 may be done; their error is measured on the whole model afterwards.
         evaluate: Runs a single-node model on given inputs; constant folding uses it. None leaves such nodes alone.
     """
 
     max_constant_bytes: int = 1 << 20
     cost: CostModel = field(default_factory=MacsAndBytes)
-    allow_approximate: float | None = None
+    approximate: Allowance = field(default_factory=Allowance)
     evaluate: Callable[[Any, dict[str, Any]], list[Any]] | None = None
 
 

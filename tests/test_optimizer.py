@@ -205,3 +205,31 @@ def test_subgraphs_functions_and_overridable_initializers_are_kept(tmp_path):
     assert [len(body.node) for body in bodies] == [1, 1]
     assert result.comparison.equivalent
     assert len(list(load(after).walk())) == 3
+
+
+def padded_pairs(count):
+    """``count`` blocks of 3x3 -> 3x3, both padded, through a wide middle: class 4, and 0.35 times the MACs if merged."""
+    rng = np.random.default_rng(0)
+    weights, lines, name = {}, [], "x"
+    for i in range(count):
+        weights[f"a{i}"] = (rng.normal(size=(64, 16, 3, 3)) / 12).astype(np.float32)
+        weights[f"b{i}"] = (rng.normal(size=(16, 64, 3, 3)) / 24).astype(np.float32)
+        lines.append(f"p{i} = Conv<pads=[1,1,1,1]>({name}, a{i}) q{i} = Conv<pads=[1,1,1,1]>(p{i}, b{i})")
+        name = f"r{i}"
+        lines.append(f"{name} = Relu(q{i})")
+    return model(f"g (float[N,16,24,24] x) => (float[N,16,24,24] {name}) {{ {' '.join(lines)} }}", **weights)
+
+
+def test_approximate_merges_only_when_allowed_and_within_their_error(tmp_path):
+    proto = padded_pairs(2)
+    exact = optimize(proto, tmp_path / "e.onnx", **QUICK)
+    assert exact.unchanged
+    assert any("class 4" in miss.reason for miss in exact.passes.results["fuse-conv-chain"].misses)
+    loose = optimize(proto, tmp_path / "l.onnx", allow_approximate=2.0, **QUICK)
+    assert loose.after.by_operator["Conv"] == 2
+    assert loose.after.macs < 0.5 * loose.before.macs
+    assert {int(done.exactness) for done in loose.passes.results["fuse-conv-chain"].done} == {4}
+    assert 1e-3 < loose.comparison.relative <= 2.0, "the error at the border is real, and it is measured"
+    strict = optimize(proto, tmp_path / "s.onnx", allow_approximate=1e-4, **QUICK)
+    assert strict.after.by_operator["Conv"] == 4
+    assert [dropped.what for dropped in strict.dropped] == ["1 of 2 approximate merges", "1 of 1 approximate merges"]
