@@ -107,6 +107,8 @@ def read_sum(graph: Graph, root: Node) -> TermSum:
 
 def shifts(node: Node) -> bool:
     """Whether the node adds a constant that varies along one axis at most: then it is a step of a branch."""
+    if is_op(node, "Sum"):
+        return False
     shapes = [static_shape(tensor) for tensor in node.inputs if is_constant(tensor)]
     return any(shape is not None and sum(size != 1 for size in shape) < 2 for shape in shapes)
 

@@ -93,6 +93,11 @@ def test_a_constant_on_the_way_goes_into_the_bias(form):
     assert ops(after) == ["Conv"]
 
 
+def test_a_constant_in_a_sum_is_a_term():
+    after, _ = fused(model(f"g ({X}) => ({Y}) {{ {CONV} d = Sum(c, k) y = Add(d, x) }}", **WEIGHTS, k=normal(4, 1, 1)))
+    assert ops(after) == ["Conv", "Add"]
+
+
 def test_a_constant_map_stays():
     text = f"g (float[N,4,5,6] x) => ({Y}) {{ {CONV} d = Sub(k, c) y = Add(d, x) }}"
     after, _ = fused(model(text, **WEIGHTS, k=normal(4, 5, 6)))
