@@ -39,12 +39,12 @@ class ByNodes:
         return Price(sum(1.0 if spec.op == "Mul" else 0.5 for spec in specs), 0)
 
 
-def fused(text, expected, *, exactness=Exactness.EXACT, opset=17, cost=None, **constants):
+def fused(text, expected, *, exactness=Exactness.EXACT, opset=17, cost=None, sizes=None, **constants):
     before = model(text, opset=opset, **constants)
     rewrite_pass = FuseBatchNormIntoNextConv(Settings(cost=cost) if cost else None)
     after, result = apply(rewrite_pass, before)
     assert [done.exactness for done in result.done] == [exactness] and ops(after) == expected
-    assert_equivalent(before, after, rel=REL)
+    assert_equivalent(before, after, rel=REL, sizes=sizes)
     _, again = apply(rewrite_pass, after)
     assert again.rewrites == 0
     return after
@@ -75,6 +75,11 @@ def test_padding_that_no_window_reaches():
 def test_scale_is_exact_with_any_pads(call, geometry):
     after = fused(f"g (float[N,4,p,q] x) => ({Y}) {{ a = {call} y = Conv<{geometry}>(a, W) }}", ["Conv"], **weights())
     assert len(after.graph.node[0].input) == 2
+
+
+def test_scalar_of_four_axes_before_unknown_channels():
+    text = f"g (float[N,d,6,6] x) => ({Y}) {{ a = Mul(x, k) y = Conv(a, W) }}"
+    fused(text, ["Conv"], sizes={"d": 4}, **{**weights(), "k": np.full((1, 1, 1, 1), 0.3, F)})
 
 
 @pytest.mark.parametrize("call", ["Add(x, t)", "Sub(x, t)", "Sub(t, x)", "Add(six, x)"])
@@ -142,7 +147,8 @@ NEAR_MISSES = {
     "bias is an input": f"g ({X}, float[5] c) => ({Y}) {{ {BN} y = Conv(a, W, c) }}",
     "scale is an input": f"g ({X}, float[4] u) => ({Y}) {{ a = BatchNormalization(x, u, B, m, v) y = Conv(a, W) }}",
     "channels may broadcast": f"g (float[N,c,6,6] x) => ({Y}) {{ a = Mul(x, k) y = Conv(a, W) }}",
-    "rank may grow": f"g (float[4,6,6] x) => (float[1,5,h,w] y) {{ a = Mul(x, k) y = Conv(a, W) }}",
+    "rank may grow": "g (float[4,4,6] x) => (float[1,5,h,w] y) { a = Mul(x, k) y = Conv(a, W) }",
+    "rank may grow by a scalar": "g (float[4,6,6] x) => (float[1,5,h,w] y) { a = Mul(x, ones) y = Conv(a, W) }",
     "along width": f"g ({X}) => ({Y}) {{ a = Mul(x, wide) y = Conv(a, W) }}",
     "both inputs of one Conv": "g (float[5,5,3,3] x) => (float[5,5,h,w] y) { a = Mul(x, six) y = Conv(a, a) }",
     "one reader cannot": f"g ({X}, float[5] c) => ({Y}, float[N,5,h,w] z) {{ {BN} y = Conv(a, W) z = Conv(a, W, c) }}",
@@ -154,6 +160,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_miss_is_left_alone(name):
     extra = {"wide": np.ones((1, 1, 1, 6), F), "tiny": np.array(1e-40, F), "huge": np.array(3e38, F)}
+    extra["ones"] = np.ones((1, 1, 1, 1), F)
     before = model(NEAR_MISSES[name], **weights(), **extra)
     after, result = apply(FuseBatchNormIntoNextConv(), before)
     assert result.rewrites == 0 and len(result.misses) == 1 and ops(after) == ops(before)
