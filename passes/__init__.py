@@ -25,6 +25,7 @@ from onnxcompress.passes.eliminate_noop_slice import EliminateNoopSlice
 from onnxcompress.passes.eliminate_noop_split import EliminateNoopSplit
 from onnxcompress.passes.eliminate_noop_transpose import EliminateNoopTranspose
 from onnxcompress.passes.eliminate_redundant_activation import EliminateRedundantActivation
+from onnxcompress.passes.eliminate_redundant_expand import EliminateRedundantExpand
 from onnxcompress.passes.fold_constants import FoldConstants
 from onnxcompress.passes.fuse_batchnorm_into_conv import FuseBatchNormIntoConv
 from onnxcompress.passes.fuse_batchnorm_into_gemm import FuseBatchNormIntoGemm
@@ -51,6 +52,7 @@ from onnxcompress.passes.fuse_pad_into_pool import FusePadIntoPool
 from onnxcompress.passes.fuse_parallel_convs import FuseParallelConvs
 from onnxcompress.passes.fuse_parallel_gemms import FuseParallelGemms
 from onnxcompress.passes.fuse_reshape_chain import FuseReshapeChain
+from onnxcompress.passes.fuse_reshape_into_reduce import FuseReshapeIntoReduce
 from onnxcompress.passes.fuse_sibling_convs import FuseSiblingConvs
 from onnxcompress.passes.fuse_skip_into_conv import FuseSkipIntoConv
 from onnxcompress.passes.fuse_slice_chain import FuseSliceChain
@@ -60,11 +62,15 @@ from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
 from onnxcompress.passes.replace_conv_before_pool import ReplaceConvBeforePool
 from onnxcompress.passes.simplify_shape_computation import SimplifyShapeComputation
 
-# Within a group the order is the order of running; the reasons stand beside the lines.
+# Within a group the order is the order of running; a reason stands above a line whose place matters.
 CLEANUP = (
+    # First: every other pass looks for initializers.
     ReplaceConstantNodes,
+    # Then what stands in a branch that is always taken is seen by the rest.
     InlineConstantIf,
+    # Dead readers keep a tensor from being read once only.
     EliminateDeadCode,
+    # Before the patterns: what is computed from constants is a constant to them.
     FoldConstants,
     SimplifyShapeComputation,
     EliminateIdentity,
@@ -78,6 +84,7 @@ CLEANUP = (
     EliminateNoopResize,
     EliminateNoopArithmetic,
     EliminateNoopExpand,
+    EliminateRedundantExpand,
     EliminateNoopReduce,
     EliminateNoopSplit,
     EliminateNoopClip,
@@ -88,24 +95,33 @@ CLEANUP = (
     FuseConcatChain,
     FuseSliceChain,
     FuseCastChain,
+    # Equal constants first, so that equal nodes read the same tensors.
     DeduplicateInitializers,
     DeduplicateNodes,
 )
-FUSION = ()
+FUSION = (
+    FuseReshapeIntoReduce,
+)
 FOLDING = (
-    FuseConstantAffineChain,
-    FuseBatchNormIntoConv,
-    FuseBatchNormIntoGemm,
-    FuseChannelAffineIntoConv,
-    FuseChannelAffineIntoGemm,
-    FuseMatMulAddIntoGemm,
+    # BatchNormalization -> Pad -> Conv only shows afterwards.
     FusePadIntoConv,
     FusePadIntoPool,
-    FuseChannelAffineIntoBatchNorm,
+    # Into the operator before: exact with any pads, so ahead of the folds into the next one.
+    FuseBatchNormIntoConv,
+    FuseChannelAffineIntoConv,
+    # The folds into Gemm then find a bias.
+    FuseMatMulAddIntoGemm,
+    FuseBatchNormIntoGemm,
+    FuseChannelAffineIntoGemm,
+    # What no operator in front took.
     FuseBatchNormIntoNextConv,
     FuseBatchNormIntoNextGemm,
+    # Only what no linear operator took.
+    FuseChannelAffineIntoBatchNorm,
+    FuseConstantAffineChain,
 )
 MERGING = (
+    # Chains before sums: a branch of two convolutions is then one.
     FuseConvChain,
     FuseParallelConvs,
     FuseSkipIntoConv,
@@ -115,6 +131,7 @@ MERGING = (
     FuseConvIntoGlobalPoolGemm,
     ReplaceConvBeforePool,
     FuseConvIntoFlattenGemm,
+    # Likewise.
     FuseGemmChain,
     FuseLeftMatMulChain,
     FuseParallelGemms,
