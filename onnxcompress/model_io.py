@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 PASS_KEY = "onnxcompress.pass"
 PROTO_LIMIT_BYTES = (1 << 31) - (1 << 16)  # protobuf refuses messages of 2 GiB
 EXTERNAL_THRESHOLD_BYTES = 1024
-EXTERNAL_ALIGNMENT_BYTES = 4096
+SMALL_MESSAGE_BYTES = 4096
 
 
 class StoredValues(LazyValues):
@@ -83,6 +84,11 @@ class StoredValues(LazyValues):
         if length == 0:
             return np.zeros(0, np.uint8)
         return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+
+
+def external_alignment(size_bytes: int) -> int:
+    """Where a tensor may start in a data file: large ones on a page, small ones so that padding adds less than 1 %."""
+    return 4096 if size_bytes >= 1 << 20 else 64 if size_bytes >= 1 << 13 else 1
 
 
 _PACKED_BITS = {
@@ -136,9 +142,12 @@ def read_proto(path: str | os.PathLike[str]) -> ModelProto:
     """
     path = Path(path)
     try:
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise ModelError(f"{path} is a folder, not an ONNX model")
+        if not stat.S_ISREG(kind):  # a pipe can be read once only, and /dev/zero has no end
+            raise ModelError(f"{path} is a pipe or a device, not a file; save the model to a file first")
         data = path.read_bytes()
-    except IsADirectoryError as error:
-        raise ModelError(f"{path} is a folder, not an ONNX model") from error
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
     return parse_proto(data, str(path))
@@ -434,6 +443,11 @@ class _Writer:
         _copy_fields(carrier, model, leave_out={"graph"})
         skeleton, initializers = self.graph(self.root)
         model.graph.CopyFrom(skeleton)
+        for tensor in all_tensors(model):  # in attributes and functions; the outermost initializers are not in it yet
+            if tensor.data_location == TensorProto.EXTERNAL:
+                tensor.raw_data = StoredValues(tensor, self.root.folder).external_bytes().tobytes()
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
         return model, initializers
 
     def graph(self, graph: Graph) -> tuple[GraphProto, list[Initializer]]:
@@ -613,6 +627,26 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
+def check_replaceable(target: Path, sources: Collection[Path] = ()) -> None:
+    """Refuse a target that renaming a file over it would destroy.
+
+    Args:
+        target: Where a file is to be written.
+        sources: Data files of the input.
+
+    Raises:
+        OutputError: The target is a folder, a device, a pipe, or a file where the input keeps its weights.
+    """
+    if target.is_dir():
+        raise OutputError(f"cannot write {target}: it is a folder")
+    # /dev/stdout leads to a file of any kind by way of /proc, and the link itself would be replaced.
+    through_proc = target.is_symlink() and os.readlink(target).startswith("/proc/")
+    if through_proc or (target.exists() and not target.is_file()):
+        raise OutputError(f"cannot write {target}: it is a device or a pipe, and would be replaced by a file")
+    if target.resolve() in sources:
+        raise OutputError(f"cannot write {target}: the input keeps its weights in it")
+
+
 class StagedFile:
     """A model written in full beside its target, not yet visible under its name.
 
@@ -622,7 +656,9 @@ class StagedFile:
     def __init__(self, graph: Graph, target: str | os.PathLike[str]) -> None:
         self.target = Path(target)
         self.committed = False
-        source_folder = graph.folder
+        assert graph.model is not None, "only the outermost graph is a model"
+        self.sources = set(external_files(graph.model, graph.folder))
+        check_replaceable(self.target, self.sources)
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=".onnxcompress-", dir=self.target.parent or "."))
         except OSError as error:
@@ -630,7 +666,7 @@ class StagedFile:
         self.path = self.folder / self.target.name
         self.data_path: Path | None = None
         try:
-            self._write(graph, source_folder)
+            self._write(graph)
         except OSError as error:
             self.discard()
             raise OutputError(f"cannot write {self.target}: {error.strerror or error}") from error
@@ -638,13 +674,13 @@ class StagedFile:
             self.discard()
             raise
 
-    def _write(self, graph: Graph, source_folder: Path | None) -> None:
+    def _write(self, graph: Graph) -> None:
         model, initializers = _Writer(graph).model()
         names = {entry.proto is not None and entry.external for entry in initializers}
         inline_bytes = sum(entry.nbytes for entry in initializers if not entry.external)
         external = True in names or inline_bytes > PROTO_LIMIT_BYTES
         data_file: IO[bytes] | None = None
-        data_name = self._data_name(initializers) if external else ""
+        data_name = self._data_name() if external else ""
         skeleton = model.graph.SerializeToString()
         model.ClearField("graph")
         length = 0
@@ -661,7 +697,7 @@ class StagedFile:
                 else:
                     message = entry.inline()
                 heads.append(_INITIALIZER_TAG + _varint(len(message)))
-                kept.append(message if len(message) <= EXTERNAL_ALIGNMENT_BYTES else None)
+                kept.append(message if len(message) <= SMALL_MESSAGE_BYTES else None)
                 length += len(heads[-1]) + len(message)
             with open(self.path, "wb") as out:
                 out.write(model.SerializeToString())
@@ -684,15 +720,10 @@ class StagedFile:
             return False
         return entry.proto is None or inline_bytes > PROTO_LIMIT_BYTES
 
-    def _data_name(self, initializers: list[Initializer]) -> str:
+    def _data_name(self) -> str:
         """Name of the data file: never that of a file which the input itself reads."""
-        used = set()
-        for entry in initializers:
-            stored = entry.constant.stored
-            if entry.external and isinstance(stored, StoredValues) and entry.proto is not None:
-                used.add(external_location(entry.proto, stored.folder)[0])
         name, n = f"{self.target.name}.data", 0
-        while (self.target.parent / name).resolve() in used:
+        while (self.target.parent / name).resolve() in self.sources:
             n += 1
             name = f"{self.target.name}.{n}.data"
         return name
@@ -709,8 +740,7 @@ class StagedFile:
             OutputError: The target cannot be replaced.
         """
         try:
-            if self.target.is_dir():
-                raise OutputError(f"cannot write {self.target}: it is a folder")
+            check_replaceable(self.target, self.sources)
             if self.data_path is not None:
                 os.replace(self.data_path, self.target.parent / self.data_path.name)
             os.replace(self.path, self.target)
@@ -736,9 +766,9 @@ class StagedFile:
 def _write_external(entry: Initializer, data_file: IO[bytes], data_name: str) -> TensorProto:
     """Append an initializer's bytes to the data file; returns the TensorProto that points at them."""
     position = data_file.tell()
-    padding = -position % EXTERNAL_ALIGNMENT_BYTES
-    data_file.write(b"\0" * padding)
     data = entry.data()
+    padding = -position % external_alignment(len(data))
+    data_file.write(b"\0" * padding)
     for start in range(0, len(data), 1 << 24):
         data_file.write(data[start : start + (1 << 24)])
     head = entry.header()
@@ -763,10 +793,37 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> int:
     return size
 
 
+def all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Initializers and tensors in attributes, those of subgraphs and functions included."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for attr in (attr for node in nodes for attr in node.attribute):
+        if attr.type == AttributeProto.TENSOR:
+            yield attr.t
+        yield from attr.tensors
+        if attr.type == AttributeProto.GRAPH:
+            yield from _graph_tensors(attr.g)
+        for body in attr.graphs:
+            yield from _graph_tensors(body)
+
+
 def external_files(proto: ModelProto, folder: Path | None) -> Iterator[Path]:
-    """Data files that a model reads, each once."""
+    """Data files that a model reads, each once.
+
+    Raises:
+        ModelError: A location is malformed or leads outside the model's folder.
+    """
     seen = set()
-    for tensor in proto.graph.initializer:
+    for tensor in all_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             path = external_location(tensor, folder)[0]
             if path not in seen:

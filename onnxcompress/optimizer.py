@@ -12,7 +12,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,7 +27,7 @@ from onnxcompress.errors import EquivalenceError, OutputError, PassError, Runtim
 from onnxcompress.graph import Graph
 from onnxcompress.interface import set_input_shapes
 from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures, gzip_bytes, size_on_disk
-from onnxcompress.model_io import StagedFile, load, parse_proto, read_proto, to_proto
+from onnxcompress.model_io import StagedFile, check_replaceable, external_files, load, parse_proto, read_proto, to_proto
 from onnxcompress.pipeline import PipelineResult
 from onnxcompress.linear import Exactness
 from onnxcompress.rewrite import Allowance, Settings
@@ -207,7 +207,7 @@ class _Job:
             self.proto = read_proto(self.path)
             self.folder = self.path.parent
         if output is not None:
-            check_target(output)
+            check_target(output, external_files(self.proto, self.folder) if self.folder is not None else ())
         self.reshaped = set_input_shapes(self.proto, options.input_shapes, options.batch)
         self._reference: _Later[Reference] | None = None
         self.approximations = NO_LIMIT if options.allow_approximate is not None else 0
@@ -505,15 +505,18 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_target(output: Path) -> None:
+def check_target(output: Path, sources: Iterable[Path] = ()) -> None:
     """Refuse, before the work, a target that cannot be written.
 
+    Args:
+        output: The target.
+        sources: Data files of the input.
+
     Raises:
-        OutputError: The folder is missing or not writable, or the target is a folder.
+        OutputError: The folder is missing or not writable, or the target must not be replaced.
     """
     folder = output.parent
-    if output.is_dir():
-        raise OutputError(f"cannot write {output}: it is a folder")
+    check_replaceable(output, set(sources))
     if not folder.is_dir():
         raise OutputError(f"cannot write {output}: the folder {folder} does not exist")
     try:

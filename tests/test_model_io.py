@@ -13,7 +13,7 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper, 
 
 from onnxcompress.errors import ModelError, OutputError
 from onnxcompress.graph import Constant, is_constant
-from onnxcompress.model_io import PASS_KEY, StagedFile, load, read_proto, save, to_proto
+from onnxcompress.model_io import PASS_KEY, StagedFile, all_tensors, external_files, load, read_proto, save, to_proto
 from onnxcompress.testing import model
 
 
@@ -486,3 +486,90 @@ def test_bfloat16_values_can_be_made_by_a_pass():
     constant = graph.new_constant("b", np.ones(2, ml_dtypes.bfloat16))
     graph.unread.append(constant)
     assert to_proto(graph).graph.initializer[-1].data_type == TensorProto.BFLOAT16
+
+
+def test_a_target_that_must_not_be_replaced_is_refused(tmp_path):
+    path = external(tmp_path)
+    before = (tmp_path / "m.data").read_bytes()
+    with pytest.raises(OutputError, match="the input keeps its weights in it"):
+        save(load(path), tmp_path / "m.data")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    os.symlink("/proc/self/fd/1", tmp_path / "stdout.onnx")
+    for name in ("pipe.onnx", "stdout.onnx"):
+        with pytest.raises(OutputError, match="a device or a pipe"):
+            save(load(path), tmp_path / name)
+    assert (tmp_path / "m.data").read_bytes() == before and (tmp_path / "pipe.onnx").is_fifo()
+    with pytest.raises(ModelError, match="a pipe or a device"):
+        load(tmp_path / "pipe.onnx")
+
+
+def test_a_data_file_of_the_input_is_kept_when_none_of_its_tensors_is(tmp_path):
+    path = external(tmp_path)
+    (tmp_path / "m.data").rename(tmp_path / "o.onnx.data")
+    (tmp_path / "rest").write_bytes(np.zeros(64, np.float32).tobytes())
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        if tensor.external_data:
+            tensor.external_data[0].value = "o.onnx.data"
+    other = proto.graph.initializer.add(name="rest", data_type=TensorProto.FLOAT, dims=[64])
+    other.data_location = TensorProto.EXTERNAL
+    other.external_data.add(key="location", value="rest")
+    path.write_bytes(proto.SerializeToString())
+    before = (tmp_path / "o.onnx.data").read_bytes()
+    graph = load(path)
+    graph.nodes[-1].inputs = [graph.nodes[-1].inputs[0], Constant("made", np.zeros(4096, np.float32))]
+    save(graph, tmp_path / "o.onnx")
+    assert (tmp_path / "o.onnx.data").read_bytes() == before
+    assert (tmp_path / "o.onnx.1.data").is_file()
+
+
+def test_external_data_of_attributes_and_functions_goes_into_the_file(tmp_path):
+    def stored(name):
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[64], data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="w")
+        return tensor
+
+    weights = np.arange(64, dtype=np.float32)
+    (tmp_path / "w").write_bytes(weights.tobytes())
+    x, y, c = (
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("x", TensorProto.FLOAT, [64]),
+            ("y", TensorProto.FLOAT, [64]),
+            ("c", TensorProto.BOOL, []),
+        )
+    )
+    t, e = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [64]) for name in "te")
+    constant = helper.make_node("Constant", [], ["e"], value=stored("v"))
+    then_branch = helper.make_graph([helper.make_node("Add", ["x", "w"], ["t"])], "then", [], [t], [stored("w")])
+    else_branch = helper.make_graph([constant], "else", [], [e])
+    function = helper.make_function("local", "F", [], ["e"], [constant], [helper.make_opsetid("", 17)])
+    nodes = [
+        helper.make_node("If", ["c"], ["i"], then_branch=then_branch, else_branch=else_branch),
+        helper.make_node("F", [], ["f"], domain="local"),
+        helper.make_node("Add", ["i", "f"], ["y"]),
+    ]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", [x, c], [y]),
+        functions=[function],
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+    )
+    assert [p.name for p in external_files(proto, tmp_path)] == ["w"]
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "out").mkdir()
+    save(load(tmp_path / "m.onnx"), tmp_path / "out" / "o.onnx")
+    written = onnx.load(tmp_path / "out" / "o.onnx", load_external_data=False)
+    found = list(all_tensors(written))
+    assert len(found) == 3 and not list(external_files(written, tmp_path))
+    for tensor in found:
+        assert np.array_equal(numpy_helper.to_array(tensor), weights)
+
+
+def test_small_external_tensors_are_not_padded(tmp_path):
+    proto = plain()
+    for number in range(50):
+        proto.graph.initializer.append(numpy_helper.from_array(np.full(3, number, np.float32), f"w{number}"))
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="w.onnx.data", size_threshold=0)
+    size = path.stat().st_size + (tmp_path / "w.onnx.data").stat().st_size
+    assert save(load(path), tmp_path / "o.onnx") <= 1.01 * size
