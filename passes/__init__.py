@@ -62,7 +62,7 @@ from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
 from onnxcompress.passes.replace_conv_before_pool import ReplaceConvBeforePool
 from onnxcompress.passes.simplify_shape_computation import SimplifyShapeComputation
 
-# Within a group the order is the order of running; a reason stands above a line whose place matters.
+# Within a group the order is the order of running; the reasons stand beside the lines.
 CLEANUP = (
     # First: every other pass looks for initializers.
     ReplaceConstantNodes,
@@ -121,19 +121,20 @@ FOLDING = (
     FuseConstantAffineChain,
 )
 MERGING = (
-    # Chains before sums: a branch of two convolutions is then one.
-    FuseConvChain,
-    FuseParallelConvs,
-    FuseSkipIntoConv,
-    FuseConcatIntoConv,
-    FuseSiblingConvs,
-    FuseConvIntoConvTranspose,
+    # Pools first: a chain could turn a 1x1 Conv and a pool into a larger dense Conv.
     FuseConvIntoGlobalPoolGemm,
     ReplaceConvBeforePool,
     FuseConvIntoFlattenGemm,
-    # Likewise.
+    FuseConvIntoConvTranspose,
+    # Chains before sums: a branch of two convolutions is then one.
+    FuseConvChain,
+    FuseSkipIntoConv,
+    FuseParallelConvs,
+    FuseConcatIntoConv,
     FuseGemmChain,
     FuseLeftMatMulChain,
     FuseParallelGemms,
     FuseConcatIntoGemm,
+    # Last: a Split blocks every other merge.
+    FuseSiblingConvs,
 )
