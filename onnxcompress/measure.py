@@ -118,6 +118,8 @@ def compare_latency(
     folder = next((source.folder for source in (original, result) if isinstance(source, LoweredModel)), None)
     config = {} if folder is None else {"session.model_external_initializers_file_folder_path": str(folder)}
     options = RunOptions(optimization="all", threads=threads, custom_ops=custom_ops, session_config=config)
-    first, second = runtime.latency([original, result], feed, options=options, budget_s=budget_s, max_runs=max_runs)
+    first, second = runtime.latency(
+        [original, result], feed, options=options, warmup=1, min_runs=3, max_runs=max_runs, budget_s=budget_s
+    )
     ratio, low, high = median_ratio(first, second)
     return LatencyFigures(float(np.median(first)), float(np.median(second)), ratio, low, high, len(first))

@@ -356,7 +356,7 @@ class _Job:
                 self.runtime,
                 for_runtime(self.reference.model),
                 for_runtime(staged.path),
-                self.reference.feeds[0],
+                min(self.reference.feeds, key=_feed_bytes),
                 threads=self.options.threads,
                 custom_ops=self.options.custom_ops,
                 budget_s=budget_s or self.options.latency_budget_s,
@@ -490,6 +490,10 @@ class _Guilty(Exception):
         super().__init__(name)
         self.name = name
         self.comparison = comparison
+
+
+def _feed_bytes(feed: Mapping[str, Any]) -> int:
+    return sum(getattr(value, "nbytes", 0) for value in feed.values())
 
 
 def _clear_stamps(graph: Graph) -> bool:
