@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from onnxcompress.errors import OnnxCompressError, OutputError, RecipeError
 EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+LARGEST_SIZE = (1 << 31) - 1
 MODEL_TIMEOUT_S = 300.0  # for one load or one run of a model
 LEVELS = {
     0: "nothing, a checked copy",
@@ -35,6 +37,7 @@ LEVELS = {
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: runs a verb and ends the process with its exit code."""
     signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+    _open_standard_streams()
     try:
         with contextlib.suppress(AttributeError, ValueError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a name that the terminal cannot show
@@ -64,6 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"internal error, {type(error).__name__}: {text} (ONNXCOMPRESS_TRACEBACK=1 shows where)", 1)
 
 
+def _open_standard_streams() -> None:
+    """Give a stream that came closed (``>&-``) a place to go.
+
+    The next file opened would get its number: a model in the place of stderr would hold what native code prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # open until the end of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def _interrupt() -> NoReturn:
     raise KeyboardInterrupt
 
@@ -91,6 +108,28 @@ def cli(verbose: int) -> None:
 
 
 # -- types of options ------------------------------------------------------------------------------------------------
+
+
+class Number(click.FloatRange):
+    """A float in a range, infinity and nan excluded: nan is within no limit and above none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class FilePath(click.Path):
+    """A path; an empty one, as an unset variable gives it, is not the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Size(click.ParamType[int]):
@@ -134,11 +173,24 @@ class InputShape(click.ParamType[tuple[str, tuple[int, ...]]]):
             self.fail(f"{value!r}: expected NAME:1,3,224,224", param, ctx)
         if not colon or not name:
             self.fail(f"{value!r}: expected NAME:1,3,224,224", param, ctx)
+        if any(size > LARGEST_SIZE for size in shape):
+            self.fail(f"{value!r}: a size is above {LARGEST_SIZE}", param, ctx)
         return name, shape
 
 
 def _names(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+    names = tuple(name.strip() for value in values for name in value.split(",") if name.strip())
+    if values and not names:
+        raise RecipeError("a list of passes is empty: name one, or leave the option out")
+    return names
+
+
+def _shapes(given: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    shapes = dict(given)
+    for name, shape in given:
+        if shapes[name] != shape:
+            raise RecipeError(f"--input-shape gives {name!r} both {list(shape)} and {list(shapes[name])}")
+    return shapes
 
 
 # -- optimize --------------------------------------------------------------------------------------------------------
@@ -158,10 +210,8 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 
 
 @cli.command()
-@click.argument("models", nargs=-1, metavar="[IN...]", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Where to write: a file, or a folder for several inputs."
-)
+@click.argument("models", nargs=-1, metavar="[IN...]", type=FilePath())
+@click.option("-o", "--output", type=FilePath(), help="Where to write: a file, or a folder for several inputs.")
 @click.option("--in-place", is_flag=True, help="Replace each input by its result.")
 @click.option(
     "-O",
@@ -183,14 +233,14 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option(
     "--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Fix an input's shape: NAME:1,3,224,224."
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Fix the dynamic first axis of every input to N.")
+@click.option("--batch", type=click.IntRange(1, LARGEST_SIZE), help="Fix the dynamic first axis of every input to N.")
 @click.option(
     "--check/--no-check", default=True, help="Compare result and original on onnxruntime before writing (default)."
 )
 @click.option(
     "--verify-each", is_flag=True, help="Check after every pass; the one that breaks the model is named and left out."
 )
-@click.option("--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y| of an output.")
+@click.option("--tolerance", type=Number(min=0), help="Largest max|d| / max|y| of an output.")
 @click.option(
     "--data",
     metavar="D",
@@ -199,7 +249,7 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--metric", metavar="M", help="With labelled --data: measure this before and after (top1, top5, ...).")
 @click.option(
     "--max-constant-mb",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=1.0,
     show_default=True,
     help="Constant folding makes no larger tensor.",
@@ -213,7 +263,7 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 )
 @click.option(
     "--allow-approximate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="REL",
     help="Do approximate merges up to this error.",
 )
@@ -221,11 +271,9 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     "--latency/--no-latency", default=True, help="Time original and result; a slower result is refused (default)."
 )
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads for timing; 0 is onnxruntime's choice.")
-@click.option(
-    "--custom-ops", type=click.Path(path_type=Path), help="Shared library with custom operators, loaded for the check."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the check's inputs.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
+@click.option("--custom-ops", type=FilePath(), help="Shared library with custom operators, loaded for the check.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the check's inputs.")
+@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of the table.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -253,11 +301,19 @@ def optimize(
     IN.optimized.onnx. Without IN the embedded digits model is optimized and its accuracy on held-out digits shown.
     """
     from onnxcompress import report as reports
+    from onnxcompress.optimizer import check_target
 
     if report is not None:
         reports.check_suffix(report)
+        check_target(report)
     if not models:
         models, output, wishes["data"], metric = _embedded(output, wishes["data"], metric)
+    if metric is not None:
+        from onnxcompress.metrics import find_metric
+
+        find_metric(metric)
+        if wishes["data"] is None:
+            raise RecipeError(f"metric {metric} needs samples: give --data")
     plan = plan_outputs(models, output, in_place)
     if tolerance is not None:
         wishes["tolerance"] = tolerance
@@ -265,7 +321,7 @@ def optimize(
         "only": _names(only),
         "skip": _names(skip),
         "level": level,
-        "input_shapes": dict(input_shapes),
+        "input_shapes": _shapes(input_shapes),
         "max_constant_bytes": int(max_constant_mb * (1 << 20)),
         "measure_latency": latency,
         "measure_download": report is not None or as_json,
@@ -325,7 +381,7 @@ def plan_outputs(models: Sequence[Path], output: Path | None, in_place: bool) ->
     several = len(inputs) > 1 or any(model.is_dir() for model in models)
     if output is None:
         if several:
-            raise RecipeError(f"{len(inputs)} models: give -o FOLDER or --in-place")
+            raise RecipeError(f"several models or a folder ({len(inputs)} found): give -o FOLDER or --in-place")
         return [(path, path.with_name(f"{path.stem}.optimized.onnx")) for path, _ in inputs]
     if not several and not output.is_dir() and not str(output).endswith(os.sep):
         pairs = [(inputs[0][0], output)]
@@ -463,17 +519,21 @@ def _print_table(report: dict[str, Any]) -> None:
 
 
 @cli.command()
-@click.argument("reference", metavar="A", type=click.Path(path_type=Path))
-@click.argument("candidate", metavar="B", type=click.Path(path_type=Path))
+@click.argument("reference", metavar="A", type=FilePath())
+@click.argument("candidate", metavar="B", type=FilePath())
 @click.option("--data", metavar="D", help="Samples: .npz, folder of .npy or images, sklearn:digits, module:function.")
 @click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
 @click.option("--metric", metavar="M", help="top1, top5, mse, mae, psnr, cosine, agreement, or module:function.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples.")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples at once.")
+@click.option("--tolerance", type=Number(min=0), help="Largest max|d| / max|y|, or largest drop of the metric.")
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0), help="Largest max|d| / max|y|, or largest drop of the metric."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of inputs and of the choice of samples.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs and of the choice of samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def validate(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> int:
     """Compare model B with model A: interface, outputs, and a metric on labelled data.
@@ -518,7 +578,7 @@ def _difference_cells(found: Any) -> tuple[str, ...]:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FilePath())
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="Initializers to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: Path, top: int, as_json: bool) -> None:
@@ -559,7 +619,7 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("models", nargs=-1, required=True, metavar="A [B...]", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="A [B...]", type=FilePath())
 @click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="Threads within an operator; 0 is onnxruntime's choice."
 )
@@ -569,9 +629,7 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
 @click.option(
     "--warmup", type=click.IntRange(min=1), default=3, show_default=True, help="Runs before the clock starts."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=0.05), default=10.0, show_default=True, help="Time for all runs together."
-)
+@click.option("--seconds", type=Number(min=0.05), default=10.0, show_default=True, help="Time for all runs together.")
 @click.option(
     "--optimization",
     type=click.Choice(["off", "basic", "extended", "all"]),
@@ -583,14 +641,14 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
     "--input-shape", "input_shapes", multiple=True, type=InputShape(), help="Sizes to time at: NAME:1,3,224,224."
 )
 @click.option("--data", metavar="D", help="Time on the first sample of this data instead of a seeded input.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the input.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the input.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def bench(models: tuple[Path, ...], as_json: bool, input_shapes: Any, **wishes: Any) -> None:
     """Time models on onnxruntime, taking turns, and compare each with the first: latency, load time, peak memory."""
     from onnxcompress import report as reports
     from onnxcompress.bench import bench_models
 
-    found = bench_models(models, input_shapes=dict(input_shapes), **wishes)
+    found = bench_models(models, input_shapes=_shapes(input_shapes), **wishes)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -620,7 +678,7 @@ def bench(models: tuple[Path, ...], as_json: bool, input_shapes: Any, **wishes: 
 
 
 @cli.command()
-@click.argument("models", nargs=-1, required=True, metavar="A [B]", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True, metavar="A [B]", type=FilePath())
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; any free one by default.")
 @click.option("--browser/--no-browser", default=True, help="Open the page (default).")
 def view(models: tuple[Path, ...], port: int, browser: bool) -> None:

@@ -178,6 +178,17 @@ def test_measured_cost_keeps_a_cache(folder):
         (("m.onnx", "-o", "x.onnx", "--no-such-option"), ["--no-such-option"]),
         (("empty", "-o", "out"), ["empty", "no .onnx file"]),
         (("m.onnx", "m.onnx"), ["-o"]),
+        (("m.onnx", "-o", "x.onnx", "--max-constant-mb", "nan"), ["--max-constant-mb", "finite"]),
+        (("m.onnx", "-o", "x.onnx", "--tolerance", "nan"), ["--tolerance", "finite"]),
+        (("m.onnx", "-o", "x.onnx", "--seed", "-1"), ["--seed"]),
+        (("m.onnx", "-o", "x.onnx", "--batch", "99999999999999999999"), ["--batch"]),
+        (("m.onnx", "-o", "x.onnx", "--input-shape", "image:99999999999999999999,1,8,8"), ["a size is above"]),
+        (("m.onnx", "-o", "x.onnx", "--input-shape", "image:1,1,8,8", "--input-shape", "image:2,1,8,8"), ["both"]),
+        (("m.onnx", "-o", "x.onnx", "--only", ""), ["empty"]),
+        (("m.onnx", "-o", "x.onnx", "--report", "no/r.json"), ["no/r.json", "does not exist"]),
+        (("m.onnx", "-o", "x.onnx", "--metric", "top1"), ["--data"]),
+        (("m.onnx", "-o", "x.onnx", "--metric", "top_1", "--data", "sklearn:digits"), ["top_1"]),
+        (("", "--in-place"), ["empty"]),
     ],
 )
 def test_bad_usage_is_one_line(folder, arguments, words):
@@ -380,3 +391,13 @@ def test_a_reader_that_goes_away_is_no_error(folder):
     command = f"{sys.executable} -m onnxcompress inspect m.onnx --json | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_closed_stream_is_no_error_and_its_number_goes_to_no_model(folder, stream):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"exec {sys.executable} -m onnxcompress optimize m.onnx -o x.onnx --no-latency {stream}>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert ("equivalent" in done.stdout) == (stream != 1)
+    onnx.checker.check_model(onnx.load(folder / "x.onnx"))
