@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(_usage_line(error), EXIT_USAGE)
     except OnnxCompressError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; no output was written", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort, Interrupted) as stop:
+        _fail(f"interrupted; {str(stop) or 'no output was written'}", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of stdout went away (a pager, head): not our failure, and nothing can be said there any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         text = str(error).splitlines()[0] if str(error) else ""
         _fail(f"internal error, {type(error).__name__}: {text} (ONNXCOMPRESS_TRACEBACK=1 shows where)", 1)
+
+
+class Interrupted(Exception):
+    """KeyboardInterrupt under another name: before passing that one on, click prints an empty line."""
+
+
+class Verbs(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(*stop.args) from stop
 
 
 def _open_standard_streams() -> None:
@@ -97,7 +109,7 @@ def _usage_line(error: click.ClickException) -> str:
     return f"{error.format_message().rstrip('.')}{where}"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="onnxcompress")
 @click.option("-v", "--verbose", count=True, help="Say more: -v each pass, -vv each rewrite.")
 def cli(verbose: int) -> None:
@@ -327,21 +339,47 @@ def optimize(
         "measure_download": report is not None or as_json,
     }
     done: list[dict[str, Any]] = []
+    with _naming_what_was_written([target for _, target in plan]):
+        worst = _show_all(_run_all(plan, wishes, metric, jobs, quiet), done, quiet or as_json)
+        if as_json:
+            click.echo(json.dumps(done[0] if len(plan) == 1 and done else done, indent=1))
+        if report is not None and done:
+            reports.write(report, done)
+    return worst
+
+
+def _show_all(results: Iterator[dict[str, Any]], done: list[dict[str, Any]], quiet: bool) -> int:
+    """Print results as they come and collect them; returns the worst exit code."""
     worst = 0
-    for found in _run_all(plan, wishes, metric, jobs, quiet):
+    for found in results:
         if "error" in found:
             named = found["error"].startswith(found["input"])
             print(f"onnxcompress: {'' if named else found['input'] + ': '}{found['error']}", file=sys.stderr)
             worst = max(worst, found["code"])
             continue
         done.append(found)
-        if not quiet and not as_json:
+        if not quiet:
             _print_table(found)
-    if as_json:
-        click.echo(json.dumps(done[0] if len(plan) == 1 and done else done, indent=1))
-    if report is not None and done:
-        reports.write(report, done)
     return worst
+
+
+@contextlib.contextmanager
+def _naming_what_was_written(targets: Sequence[Path]) -> Iterator[None]:
+    """Let an interrupt say which outputs had been written before it came."""
+
+    def stamp(path: Path) -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    before = {target: stamp(target) for target in targets}
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        written = [str(target) for target in targets if stamp(target) not in (before[target], None)]
+        raise KeyboardInterrupt(*([f"{', '.join(written)} had been written"] if written else [])) from stop
 
 
 def _embedded(
@@ -409,21 +447,23 @@ def _run_all(
     plan: Sequence[tuple[Path, Path]], wishes: dict[str, Any], metric: str | None, jobs: int, quiet: bool
 ) -> Iterator[dict[str, Any]]:
     if len(plan) == 1 or jobs == 1:
-        with _progress(len(plan), quiet) as (say, advance):
+        with _progress(len(plan), quiet) as progress:
             for source, target in plan:
-                yield optimize_one(source, target, wishes, metric, say, raising=len(plan) == 1)
-                advance()
+                found = optimize_one(source, target, wishes, metric, progress.say, raising=len(plan) == 1)
+                with progress.aside():
+                    yield found
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(min(jobs, len(plan)), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(optimize_one, source, target, wishes, metric) for source, target in plan]
-        with _progress(len(plan), quiet) as (_, advance):
+        with _progress(len(plan), quiet) as progress:
             try:
                 for future in as_completed(futures):
-                    yield future.result()
-                    advance()
+                    found = future.result()
+                    with progress.aside():
+                        yield found
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -472,11 +512,37 @@ def _optimize_one(
         return {"input": str(source), "error": " ".join(str(error).split()), "code": error.exit_code}
 
 
+class _Progress:
+    """What happens, on stderr: a bar with time left for several models, a spinner with the step for one.
+
+    Args:
+        bar: A rich Progress; None says nothing.
+        total: Number of models.
+    """
+
+    def __init__(self, bar: Any, total: int) -> None:
+        self.bar = bar
+        self.task = None if bar is None else bar.add_task("starting", total=total)
+
+    def say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, description=line)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A model is done; take the bar off the terminal while its result is printed."""
+        if self.bar is not None:
+            self.bar.advance(self.task)
+            self.bar.stop()
+        yield
+        if self.bar is not None and not self.bar.finished:
+            self.bar.start()
+
+
 @contextlib.contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A bar with time left for several models, a spinner with the step for one; nothing where stderr is no terminal."""
+def _progress(total: int, quiet: bool) -> Iterator[_Progress]:
     if quiet or not sys.stderr.isatty():
-        yield (lambda line: None), (lambda: None)
+        yield _Progress(None, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -484,8 +550,7 @@ def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[[str], None], 
     several = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if total > 1 else []
     columns = [SpinnerColumn(), TextColumn("{task.description}"), *several]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=total)
-        yield (lambda line: bar.update(task, description=line)), (lambda: bar.advance(task))
+        yield _Progress(bar, total)
 
 
 def _print_table(report: dict[str, Any]) -> None:
