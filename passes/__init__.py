@@ -35,6 +35,7 @@ from onnxcompress.passes.fuse_cast_chain import FuseCastChain
 from onnxcompress.passes.fuse_channel_affine_into_batchnorm import FuseChannelAffineIntoBatchNorm
 from onnxcompress.passes.fuse_channel_affine_into_conv import FuseChannelAffineIntoConv
 from onnxcompress.passes.fuse_channel_affine_into_gemm import FuseChannelAffineIntoGemm
+from onnxcompress.passes.fuse_channel_layer_normalization import FuseChannelLayerNormalization
 from onnxcompress.passes.fuse_clip_chain import FuseClipChain
 from onnxcompress.passes.fuse_concat_chain import FuseConcatChain
 from onnxcompress.passes.fuse_concat_into_conv import FuseConcatIntoConv
@@ -44,22 +45,36 @@ from onnxcompress.passes.fuse_conv_chain import FuseConvChain
 from onnxcompress.passes.fuse_conv_into_conv_transpose import FuseConvIntoConvTranspose
 from onnxcompress.passes.fuse_conv_into_flatten_gemm import FuseConvIntoFlattenGemm
 from onnxcompress.passes.fuse_conv_into_global_pool_gemm import FuseConvIntoGlobalPoolGemm
+from onnxcompress.passes.fuse_gelu import FuseGelu
 from onnxcompress.passes.fuse_gemm_chain import FuseGemmChain
+from onnxcompress.passes.fuse_hard_sigmoid import FuseHardSigmoid
+from onnxcompress.passes.fuse_hard_swish import FuseHardSwish
+from onnxcompress.passes.fuse_instance_normalization import FuseInstanceNormalization
+from onnxcompress.passes.fuse_layer_normalization import FuseLayerNormalization
+from onnxcompress.passes.fuse_leaky_relu import FuseLeakyRelu
 from onnxcompress.passes.fuse_left_matmul_chain import FuseLeftMatMulChain
+from onnxcompress.passes.fuse_log_softmax import FuseLogSoftmax
 from onnxcompress.passes.fuse_matmul_add_into_gemm import FuseMatMulAddIntoGemm
+from onnxcompress.passes.fuse_mish import FuseMish
 from onnxcompress.passes.fuse_pad_into_conv import FusePadIntoConv
 from onnxcompress.passes.fuse_pad_into_pool import FusePadIntoPool
 from onnxcompress.passes.fuse_parallel_convs import FuseParallelConvs
 from onnxcompress.passes.fuse_parallel_gemms import FuseParallelGemms
 from onnxcompress.passes.fuse_reshape_chain import FuseReshapeChain
 from onnxcompress.passes.fuse_reshape_into_reduce import FuseReshapeIntoReduce
+from onnxcompress.passes.fuse_rms_normalization import FuseRMSNormalization
 from onnxcompress.passes.fuse_sibling_convs import FuseSiblingConvs
+from onnxcompress.passes.fuse_sigmoid import FuseSigmoid
 from onnxcompress.passes.fuse_skip_into_conv import FuseSkipIntoConv
 from onnxcompress.passes.fuse_slice_chain import FuseSliceChain
+from onnxcompress.passes.fuse_softmax import FuseSoftmax
+from onnxcompress.passes.fuse_softplus import FuseSoftplus
+from onnxcompress.passes.fuse_softsign import FuseSoftsign
 from onnxcompress.passes.fuse_transpose_chain import FuseTransposeChain
 from onnxcompress.passes.inline_constant_if import InlineConstantIf
 from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
 from onnxcompress.passes.replace_conv_before_pool import ReplaceConvBeforePool
+from onnxcompress.passes.replace_min_max_with_clip import ReplaceMinMaxWithClip
 from onnxcompress.passes.simplify_shape_computation import SimplifyShapeComputation
 
 # Within a group the order is the order of running; the reasons stand beside the lines.
@@ -100,6 +115,21 @@ CLEANUP = (
     DeduplicateNodes,
 )
 FUSION = (
+    FuseLayerNormalization,
+    FuseRMSNormalization,
+    FuseChannelLayerNormalization,
+    FuseInstanceNormalization,
+    FuseLogSoftmax,
+    FuseSoftmax,
+    FuseGelu,
+    FuseHardSigmoid,
+    FuseHardSwish,
+    FuseMish,
+    FuseSoftplus,
+    FuseSoftsign,
+    FuseSigmoid,
+    FuseLeakyRelu,
+    ReplaceMinMaxWithClip,
     FuseReshapeIntoReduce,
 )
 FOLDING = (
