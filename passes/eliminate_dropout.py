@@ -23,7 +23,6 @@ class EliminateDropout(BypassPass):
             return Miss(node.name, "Dropout before opset 7 may be in training mode")
         training = optional_input(node, 2)
         if training is not None and scalar_value(training) is not False:
-            ratio = optional_input(node, 1)
-            if ratio is None or scalar_value(ratio) != 0:
+            if scalar_value(optional_input(node, 1)) != 0:  # 0.5 when it is omitted
                 return Miss(node.name, "Dropout may be in training mode")
         return node.inputs[0]

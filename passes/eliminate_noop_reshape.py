@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxcompress.bypass import Bypass, BypassPass
-from onnxcompress.graph import Graph, Node, Tensor, optional_input, rank, same_shape
+from onnxcompress.graph import Graph, Node, Tensor, optional_input, same_shape
 from onnxcompress.polynomial import Size
 from onnxcompress.rewrite import Miss
 from onnxcompress.sizes import Sizes
@@ -26,9 +26,6 @@ class EliminateNoopReshape(SizesPass[Bypass], BypassPass):
         source = node.inputs[0]
         if same_shape(source, node.outputs[0]):
             return source
-        if node.op == "Flatten":
-            # (d0, d1) stays (d0, d1), whatever the sizes.
-            return source if rank(source) == 2 and node.attrs.get("axis", 1) in (1, -1) else None
         if node.op != "Reshape":
             return None
         sizes = self.sizes(graph)

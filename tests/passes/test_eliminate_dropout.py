@@ -41,6 +41,12 @@ def test_near_miss_is_left_alone(text):
     assert_equivalent(before, after)
 
 
+def test_before_opset_7_it_may_be_training():
+    before = model(f"g ({X}) => ({Y}) {{ a = Dropout<is_test = 0>(x) y = Neg(a) }}", opset=6)
+    after, result = apply(EliminateDropout(), before)
+    assert result.rewrites == 0 and len(result.misses) == 1 and after == before
+
+
 @pytest.mark.parametrize("inputs", ["x, half, yes", "x, half, t", "x, , yes"])
 def test_training_mode_is_left_alone(inputs):
     before = model(f"g ({X}, bool t) => ({Y}) {C} {{ a = Dropout({inputs}) y = Neg(a) }}")
