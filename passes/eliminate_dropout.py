@@ -9,7 +9,7 @@ training) or at ratio 0. While the mask is read, the node stays.
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, optional_input, scalar_value
 from onnxcompress.rewrite import Miss
 
@@ -22,7 +22,7 @@ class EliminateDropout(BypassPass):
         if graph.opset < 7:
             return Miss(node.name, "Dropout before opset 7 may be in training mode")
         training = optional_input(node, 2)
-        if training is not None and scalar_value(training) is not False:
-            if scalar_value(optional_input(node, 1)) != 0:  # 0.5 when it is omitted
-                return Miss(node.name, "Dropout may be in training mode")
+        trains = training is not None and scalar_value(training) is not False
+        if trains and scalar_value(optional_input(node, 1)) != 0:  # 0.5 when it is omitted
+            return Miss(node.name, "Dropout may be in training mode")
         return node.inputs[0]
