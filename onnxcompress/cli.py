@@ -25,6 +25,7 @@ EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 LARGEST_SIZE = (1 << 31) - 1
+MOST_THREADS = 4096
 MODEL_TIMEOUT_S = 300.0  # for one load or one run of a model
 LEVELS = {
     0: "nothing, a checked copy",
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_USAGE)
     except click.ClickException as error:
         _fail(_usage_line(error), EXIT_USAGE)
     except OnnxCompressError as error:
@@ -282,7 +286,9 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option(
     "--latency/--no-latency", default=True, help="Time original and result; a slower result is refused (default)."
 )
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads for timing; 0 is onnxruntime's choice.")
+@click.option(
+    "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Threads for timing; 0 is onnxruntime's choice."
+)
 @click.option("--custom-ops", type=FilePath(), help="Shared library with custom operators, loaded for the check.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the check's inputs.")
 @click.option("--report", type=FilePath(), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
@@ -321,7 +327,7 @@ def optimize(
     if not models:
         models, output, wishes["data"], metric = _embedded(output, wishes["data"], metric)
     if metric is not None:
-        from onnxcompress.metrics import find_metric
+        from onnxcompress.validation.metrics import find_metric
 
         find_metric(metric)
         if wishes["data"] is None:
@@ -590,7 +596,7 @@ def _print_table(report: dict[str, Any]) -> None:
 @click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
 @click.option("--metric", metavar="M", help="top1, top5, mse, mae, psnr, cosine, agreement, or module:function.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many samples.")
-@click.option("--batch", type=click.IntRange(min=1), help="Samples at once.")
+@click.option("--batch", type=click.IntRange(1, LARGEST_SIZE), help="Samples at once.")
 @click.option("--tolerance", type=Number(min=0), help="Largest max|d| / max|y|, or largest drop of the metric.")
 @click.option(
     "--seed",
@@ -686,7 +692,10 @@ def inspect(model: Path, top: int, as_json: bool) -> None:
 @cli.command()
 @click.argument("models", nargs=-1, required=True, metavar="A [B...]", type=FilePath())
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="Threads within an operator; 0 is onnxruntime's choice."
+    "--threads",
+    type=click.IntRange(0, MOST_THREADS),
+    default=0,
+    help="Threads within an operator; 0 is onnxruntime's choice.",
 )
 @click.option(
     "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed runs of each model at most."

@@ -190,6 +190,7 @@ def test_measured_cost_keeps_a_cache(folder):
         (("m.onnx", "-o", "x.onnx", "--metric", "top1"), ["--data"]),
         (("m.onnx", "-o", "x.onnx", "--metric", "top_1", "--data", "sklearn:digits"), ["top_1"]),
         (("", "--in-place"), ["empty"]),
+        (("m.onnx", "-o", "x.onnx", "--threads", "9999999999"), ["--threads"]),
     ],
 )
 def test_bad_usage_is_one_line(folder, arguments, words):
@@ -385,6 +386,8 @@ def test_view_serves_and_ends_on_interrupt(folder):
 def test_help_names_every_verb(tmp_path):
     text = run("--help", cwd=tmp_path).stdout
     assert all(verb in text for verb in ("optimize", "validate", "inspect", "bench", "view"))
+    done = run(cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", text)
 
 
 def test_a_reader_that_goes_away_is_no_error(folder):
