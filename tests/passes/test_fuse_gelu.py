@@ -134,6 +134,7 @@ NEAR_MISSES = {
     "0.7071 for 1 / sqrt(2)": (FORMS["multiplied inside"].replace("inverse", "short_inverse"), {}, "Erf is of 0.7071"),
     "0.0447 for 0.044715": (FORMS["tanh"].replace("Mul(p, c)", "Mul(p, wrong_c)"), {}, "Tanh is of"),
     "not halved": (f"{ERF} y = Mul(x, a)", {}, "1 x + 1 x Erf"),
+    "difference": (WHOLE.replace("a = Add(e, one)", "a = Sub(e, one)"), {}, "it is -0.5 x + 0.5 x Erf"),
     "multiplied by 0.7": (WHOLE.replace("half", "seven_tenths"), {}, "it is 0.7 x"),
     "curve is an output": (WHOLE, {"y": f"{Y}, float[N,3,8] e"}, "'e', which would go, is a model output"),
     "sum is read elsewhere": (f"{WHOLE} z = Neg(a)", {"y": f"{Y}, float[N,3,8] z"}, "'a', which would go, is read"),
@@ -150,23 +151,41 @@ def test_near_miss_is_left_alone(case):
     assert_equivalent(before, after)
 
 
-OTHER_THINGS = {
-    "another factor": f"z = Abs(x) {ERF} h = Mul(z, a) y = Mul(h, half)",
-    "difference": WHOLE.replace("a = Add(e, one)", "a = Sub(e, one)").replace("half", "vector"),
+NOT_HALVED = {
     "vector": WHOLE.replace("half", "vector"),
     "constant is an input": WHOLE.replace("half", "w"),
+    "adds axes": WHOLE.replace("half", "half5"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_HALVED)
+def test_what_is_halved_by_no_scalar_is_left_alone(case):
+    y = "float[1,1,N,3,8] y" if case == "adds axes" else Y
+    before = make(NOT_HALVED[case], x=f"{X}, float w", y=y)
+    after, result = apply(FuseGelu(), before)
+    assert result.rewrites == 0 and ops(after) == ops(before)
+    assert [miss.reason for miss in result.misses] == ["it is 1 x + 1 x Erf, not 0.5 x + 0.5 x Erf"]
+
+
+OTHER_THINGS = {
+    "another factor": f"z = Abs(x) {ERF} h = Mul(z, a) y = Mul(h, half)",
     "square": TANH.replace("three", "two") + " h = Mul(x, a) y = Mul(h, half)",
     "root of x below": WHOLE.replace("Div(x, root)", "Div(root, x)"),
-    "adds axes": WHOLE.replace("half", "half5"),
 }
 
 
 @pytest.mark.parametrize("case", OTHER_THINGS)
 def test_another_thing_is_left_alone(case):
-    y = "float[1,1,N,3,8] y" if case == "adds axes" else Y
-    before = make(OTHER_THINGS[case], x=f"{X}, float w", y=y)
+    before = make(OTHER_THINGS[case])
     after, result = apply(FuseGelu(), before)
-    assert result.rewrites == 0 and ops(after) == ops(before)
+    assert result.rewrites == 0 and result.misses == [] and ops(after) == ops(before)
+
+
+def test_a_type_that_is_not_known_is_left_alone():
+    text = f"""<ir_version: 9, opset_import: ["" : 20, "ours" : 1]>
+    g ({X}0) => ({Y}) {{ x = ours.Thing(x0) {WHOLE} }}"""
+    graph = graph_of(model(text, **{k: CONSTANTS[k] for k in ("root", "one", "half")}))
+    assert FuseGelu().apply(graph).rewrites == 0
 
 
 def test_scalar_of_rank_1_beside_a_tensor_of_unknown_rank():

@@ -113,8 +113,8 @@ OTHER_THINGS = {
     "sum": f"{GATE} m = Add(x, c) y = Div(m, six)",
     "from 1 on": WHOLE.replace("zero", "one"),
     "vector": WHOLE.replace("three", "vector"),
-    "squared": f"{GATE} m = Mul(x, c) n = Mul(m, x) y = Div(n, six)",
-    "plus x": f"{GATE} m = Mul(x, c) n = Add(m, x) y = Div(n, six)",
+    "squared": f"{GATE} d = Mul(c, c) m = Mul(x, d) y = Div(m, six)",
+    "plus x": f"{GATE} d = Add(c, x) m = Mul(x, d) y = Div(m, six)",
     "square inside": f"z = Mul(x, x) {GATE.replace('Add(x', 'Add(z')} m = Mul(x, c) y = Div(m, six)",
     "relu": f"{GATE.replace('Clip(a, zero, six)', 'Relu(a)')} m = Mul(x, c) y = Div(m, six)",
 }
@@ -124,7 +124,13 @@ OTHER_THINGS = {
 def test_another_thing_is_left_alone(case):
     before = make(OTHER_THINGS[case])
     after, result = apply(FuseHardSwish(), before)
-    assert result.rewrites == 0 and ops(after) == ops(before)
+    assert result.rewrites == 0 and result.misses == [] and ops(after) == ops(before)
+
+
+def test_a_type_that_is_not_known_is_left_alone():
+    text = f"""<ir_version: 9, opset_import: ["" : 14, "ours" : 1]>
+    g ({X}0) => ({Y}) {{ x = ours.Thing(x0) {FORMS["hard sigmoid"]} }}"""
+    assert FuseHardSwish().apply(graph_of(model(text))).rewrites == 0
 
 
 def test_double_has_no_kernel():

@@ -97,6 +97,7 @@ OTHER_THINGS = {
     "shifted back twice": f"{SHIFT} {SUM} k = Add(m, l) y = Sub(d, k)",
     "log of a sigmoid": "p = Sigmoid(x) y = Log(p)",
     "log of a plain sum": f"{SHIFT} s = ReduceSum(d, last) l = Log(s) y = Sub(d, l)",
+    "root of a sum": f"{SHIFT} e = Exp(d) s = ReduceSum(e, last) l = Sqrt(s) y = Sub(d, l)",
     "hard": f"{SHIFT} e = Exp(d) s = ReduceSum(e, last) y = Sub(d, s)",
 }
 

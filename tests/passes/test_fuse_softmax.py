@@ -116,6 +116,8 @@ OTHER_THINGS = {
     "mean": WHOLE.replace("ReduceSum(e, last)", "ReduceMean<axes=[-1]>(e)"),
     "epsilon": f"{SHIFT} {SUM} t = Add(s, eps) y = Div(e, t)",
     "no exponential": "d = Abs(x) s = ReduceSum(d, last) y = Div(d, s)",
+    "product with another function": f"{SHIFT} {SUM} r = Neg(s) y = Mul(e, r)",
+    "another numerator over another axis": f"{SHIFT} e = Exp(d) s = ReduceSum(e, middle) z = Neg(x) y = Div(z, s)",
     "product": f"{SHIFT} {SUM} y = Mul(e, s)",
 }
 
@@ -125,6 +127,13 @@ def test_another_thing_is_left_alone(case):
     before = make(OTHER_THINGS[case])
     after, result = apply(FuseSoftmax(), before)
     assert result.rewrites == 0 and result.misses == [] and ops(after) == ops(before)
+
+
+def test_a_type_that_is_not_known_is_left_alone():
+    text = f"""<ir_version: 8, opset_import: ["" : 13, "ours" : 1]>
+    g ({X}0) => ({Y}) {{ x = ours.Thing(x0) {FORMS["no maximum"]} }}"""
+    result = FuseSoftmax().apply(graph_of(model(text, last=CONSTANTS["last"])))
+    assert result.rewrites == 0 and "not known" in result.misses[0].reason
 
 
 def test_the_rank_is_needed_in_old_opsets():
