@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxcompress.model_io import load, save
     from onnxcompress.optimizer import OptimizeOptions, Result, optimize
     from onnxcompress.rewrite import Miss, PassResult, RewritePass
-    from onnxcompress.validation import validate
+    from onnxcompress.validation.judge import validate
 
 _HOMES = {
     "Miss": "rewrite",
@@ -28,7 +28,7 @@ _HOMES = {
     "load": "model_io",
     "optimize": "optimizer",
     "save": "model_io",
-    "validate": "validation",
+    "validate": "validation.judge",
 }
 
 __all__ = ["Miss", "OptimizeOptions", "PassResult", "Result", "RewritePass", "load", "optimize", "save", "validate"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.equivalence import for_runtime, run_model
 from onnxcompress.errors import RecipeError
 from onnxcompress.interface import set_input_shapes
 from onnxcompress.model_io import read_proto
 from onnxcompress.runtime import REFERENCE, RunOptions, Runtime, median_ratio, peak_memory_bytes
 from onnxcompress.samples import check_samples
-from onnxcompress.signature import interface_differences
-from onnxcompress.validation import data_feeds
+from onnxcompress.validation.equivalence import for_runtime, run_model
+from onnxcompress.validation.judge import data_feeds
+from onnxcompress.validation.signature import interface_differences
 
 
 def bench_models(

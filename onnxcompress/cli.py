@@ -506,7 +506,7 @@ def _optimize_one(
     try:
         result = run(source, target, progress=say, runtime=runtime, **wishes)
         if metric is not None:
-            from onnxcompress.validation import validate as compare
+            from onnxcompress.validation.judge import validate as compare
 
             say(f"measuring {metric}")
             checked = compare(source, target, data=wishes["data"], metric=metric, runtime=runtime)
@@ -611,7 +611,7 @@ def validate(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> 
 
     Exits with 1 when B differs by more than the tolerance.
     """
-    from onnxcompress.validation import validate as run
+    from onnxcompress.validation.judge import validate as run
 
     found = run(reference, candidate, **wishes)
     if as_json:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.cost import count
-from onnxcompress.equivalence import LoweredModel
 from onnxcompress.graph import Graph
 from onnxcompress.model_io import external_files
 from onnxcompress.runtime import Model, RunOptions, Runtime, median_ratio
+from onnxcompress.validation.equivalence import LoweredModel
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ from typing import Any, Generic, TypeVar
 import onnx
 
 from onnxcompress import pipeline
-from onnxcompress.comparison import Comparison
 from onnxcompress.cost import CostModel, MacsAndBytes, Measured, count
-from onnxcompress.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
 from onnxcompress.errors import EquivalenceError, OutputError, PassError, RuntimeFailure
 from onnxcompress.graph import Graph
 from onnxcompress.interface import set_input_shapes
+from onnxcompress.linear import Exactness
 from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures, gzip_bytes, size_on_disk
 from onnxcompress.model_io import StagedFile, check_replaceable, external_files, load, parse_proto, read_proto, to_proto
 from onnxcompress.pipeline import PipelineResult
-from onnxcompress.linear import Exactness
 from onnxcompress.rewrite import Allowance, Settings
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes, skeleton
-from onnxcompress.signature import interface_differences
-from onnxcompress.validation import data_feeds
+from onnxcompress.validation.comparison import Comparison
+from onnxcompress.validation.equivalence import DEFAULT_TOLERANCE, Reference, for_runtime, run_model
+from onnxcompress.validation.judge import data_feeds
+from onnxcompress.validation.signature import interface_differences
 
 logger = logging.getLogger(__name__)
 

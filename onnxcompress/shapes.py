@@ -17,8 +17,8 @@ from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
 
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Tensor, Variable
 from onnxcompress.model_io import element_dtype, to_proto
-from onnxcompress.size_rules import SHAPES
 from onnxcompress.sizes import Sizes
+from onnxcompress.sizes.rules import SHAPES
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, defs
 
-from onnxcompress.bypass import is_used
 from onnxcompress.graph import Constant, Graph, Node, bodies
+from onnxcompress.patterns.bypass import is_used
 from onnxcompress.rewrite import Miss, RewritePass
 
 RANDOM = frozenset(

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from onnx import defs
 
-from onnxcompress.bypass import is_used
 from onnxcompress.graph import Graph, Node, Variable, bodies, is_op
+from onnxcompress.patterns.bypass import is_used
 from onnxcompress.rewrite import PassResult, Rewrite, RewritePass
 
 # From the second output on, these mean another mode of the operator (training, before opset 14).

@@ -9,8 +9,8 @@ training) or at ratio 0. While the mask is read, the node stays.
 
 from __future__ import annotations
 
-from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, optional_input, scalar_value
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

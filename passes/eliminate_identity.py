@@ -8,8 +8,8 @@ Exact. One stays where the name of a model output needs it: the output equals an
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

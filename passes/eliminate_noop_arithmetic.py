@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, numpy_dtype, same_shape
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 # Operator, position of the constant, and the element that leaves the other operand as it is.

@@ -8,9 +8,9 @@ Exact.
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, numpy_dtype
 from onnxcompress.model_io import element_dtype
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

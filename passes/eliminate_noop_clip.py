@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.bypass import BypassPass
-from onnxcompress.clamps import read_clamp
 from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.patterns.bypass import BypassPass
+from onnxcompress.patterns.clamps import read_clamp
 from onnxcompress.rewrite import Miss
 
 

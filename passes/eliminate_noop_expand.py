@@ -9,11 +9,11 @@ Exact. Sizes that are computed at run time are followed: Expand(x, Shape(x)) is 
 
 from __future__ import annotations
 
-from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, same_shape
-from onnxcompress.polynomial import Size
+from onnxcompress.patterns.bypass import Bypass, BypassPass
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.polynomial import Size
 
 
 class EliminateNoopExpand(SizesPass[Bypass], BypassPass):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, optional_input
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

@@ -8,8 +8,8 @@ Exact. ReduceSum and ReduceMean of floating-point numbers stay: a sum starts at 
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, numpy_dtype, optional_input, rank
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

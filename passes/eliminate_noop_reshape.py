@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, optional_input, same_shape
-from onnxcompress.polynomial import Size
+from onnxcompress.patterns.bypass import Bypass, BypassPass
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
 from onnxcompress.sizes import Sizes
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.polynomial import Size
 
 
 class EliminateNoopReshape(SizesPass[Bypass], BypassPass):

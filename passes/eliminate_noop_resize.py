@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, optional_input, rank
+from onnxcompress.patterns.bypass import Bypass, BypassPass
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
-from onnxcompress.sizes_pass import SizesPass
 
 
 class EliminateNoopResize(SizesPass[Bypass], BypassPass):

@@ -9,12 +9,12 @@ is computed at run time is followed.
 
 from __future__ import annotations
 
-from onnxcompress.bypass import Bypass, BypassPass
 from onnxcompress.graph import Graph, Node, Tensor
-from onnxcompress.polynomial import Size
+from onnxcompress.patterns.bypass import Bypass, BypassPass
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
 from onnxcompress.sizes import Sizes, slice_bounds
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.polynomial import Size
 
 # No axis is longer. Exporters write it for "to the end" (tf2onnx; others the greatest int32 or int64).
 NO_END = 10**9

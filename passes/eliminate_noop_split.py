@@ -8,8 +8,8 @@ Exact.
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

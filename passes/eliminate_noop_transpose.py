@@ -8,8 +8,8 @@ Exact. The axes keep their order, or only axes of size 1 change places among the
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, rank, same_shape
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 

@@ -8,8 +8,8 @@ Exact to the bit. Abs after Relu stays, since Relu lets -0.0 pass. Relu and Clip
 
 from __future__ import annotations
 
-from onnxcompress.bypass import BypassPass
 from onnxcompress.graph import Graph, Node, Tensor, is_op
+from onnxcompress.patterns.bypass import BypassPass
 from onnxcompress.rewrite import Miss
 
 NOT_NEGATIVE = ("Abs", "Exp", "HardSigmoid", "Softmax", "Softplus", "ReduceL1", "ReduceL2", "ReduceSumSquare")

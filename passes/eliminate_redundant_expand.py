@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxcompress.graph import Graph, Node, Tensor, is_op
-from onnxcompress.polynomial import Size
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss, remove_if_unread
 from onnxcompress.sizes import Sizes
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.polynomial import Size
 
 ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Mod", "And", "Or", "Xor", "Where"),

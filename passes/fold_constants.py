@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.bypass import is_used
-from onnxcompress.constant_evaluation import evaluate_in_numpy, single_node_model
 from onnxcompress.errors import RuntimeFailure
 from onnxcompress.graph import Constant, Graph, Node, Tensor, bodies, is_constant, is_op, numpy_dtype, static_shape
 from onnxcompress.passes.deduplicate_nodes import RANDOM
+from onnxcompress.patterns.bypass import is_used
+from onnxcompress.patterns.constant_evaluation import evaluate_in_numpy, single_node_model
 from onnxcompress.rewrite import Miss, PassResult, RewritePass, Settings, remove_if_unread
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import ChannelAffine, read_batchnorm, why_not_copy, why_not_scale
 from onnxcompress.graph import Graph, Node, constant_value, is_constant, is_op, optional_input
 from onnxcompress.linear import ConvOp, ConvTransposeOp, scale_output, scale_transpose_output
-from onnxcompress.linear_nodes import FLOATS
+from onnxcompress.linear.nodes import FLOATS
+from onnxcompress.merging.channel_affine import ChannelAffine, read_batchnorm, why_not_copy, why_not_scale
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcompress.channel_affine import ChannelAffine, read_batchnorm
-from onnxcompress.gemm_nodes import GemmChange, apply_change, gemm_columns, scale_gemm_output
 from onnxcompress.graph import Graph, Node, is_op, rank
+from onnxcompress.merging.channel_affine import ChannelAffine, read_batchnorm
+from onnxcompress.merging.gemm_nodes import GemmChange, apply_change, gemm_columns, scale_gemm_output
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -18,7 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import (
+from onnxcompress.cost import OperatorSpec, known_shape, why_not_pay
+from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op
+from onnxcompress.linear import ConvOp, Exactness, scale_input, shift_input_bias
+from onnxcompress.linear.conv import cast
+from onnxcompress.linear.nodes import conv_spec, read_conv, spatial_sizes
+from onnxcompress.merging.channel_affine import (
     AFFINE_OPS,
     ChannelAffine,
     compact,
@@ -30,11 +35,6 @@ from onnxcompress.channel_affine import (
     why_not_same_shape,
     why_not_scale,
 )
-from onnxcompress.cost import OperatorSpec, known_shape, why_not_pay
-from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op
-from onnxcompress.linear import ConvOp, Exactness, scale_input, shift_input_bias
-from onnxcompress.linear_conv import cast
-from onnxcompress.linear_nodes import conv_spec, read_conv, spatial_sizes
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import (
+from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, rank, static_shape
+from onnxcompress.merging.channel_affine import (
     AFFINE_OPS,
     ChannelAffine,
     extend_backward,
@@ -25,7 +26,7 @@ from onnxcompress.channel_affine import (
     read_affine_node,
     why_not_same_shape,
 )
-from onnxcompress.gemm_nodes import (
+from onnxcompress.merging.gemm_nodes import (
     GemmChange,
     MatMulChange,
     apply_change,
@@ -33,7 +34,6 @@ from onnxcompress.gemm_nodes import (
     scale_gemm_input,
     scale_matmul_input,
 )
-from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, rank, static_shape
 from onnxcompress.rewrite import Miss, RewritePass
 
 

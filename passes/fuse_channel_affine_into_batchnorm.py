@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import (
+from onnxcompress.graph import Graph, Node, constant_value, rank
+from onnxcompress.linear.conv import cast
+from onnxcompress.merging.channel_affine import (
     ChannelAffine,
     extend_backward,
     extend_forward,
@@ -23,8 +25,6 @@ from onnxcompress.channel_affine import (
     why_not_same_shape,
     why_not_scale,
 )
-from onnxcompress.graph import Graph, Node, constant_value, rank
-from onnxcompress.linear_conv import cast
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -9,8 +9,8 @@ a bias where there was none. Exact up to rounding: max|d| / max|y| was 4.3e-7 at
 
 from __future__ import annotations
 
-from onnxcompress.channel_affine import ELEMENTWISE, extend_forward, live_operand, read_affine_node
 from onnxcompress.graph import Graph, Node, is_op
+from onnxcompress.merging.channel_affine import ELEMENTWISE, extend_forward, live_operand, read_affine_node
 from onnxcompress.passes.fuse_batchnorm_into_conv import Site, conv_channels, fold_into_conv, replace_conv_numbers
 from onnxcompress.rewrite import Miss, RewritePass
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import (
+from onnxcompress.graph import Graph, Node, is_constant, is_op, rank
+from onnxcompress.merging.channel_affine import (
     ELEMENTWISE,
     ChannelAffine,
     compact,
@@ -25,8 +26,7 @@ from onnxcompress.channel_affine import (
     live_operand,
     read_affine_node,
 )
-from onnxcompress.gemm_nodes import GemmChange, gemm_columns, scale_gemm_output, scaled_matrix
-from onnxcompress.graph import Graph, Node, is_constant, is_op, rank
+from onnxcompress.merging.gemm_nodes import GemmChange, gemm_columns, scale_gemm_output, scaled_matrix
 from onnxcompress.passes.fuse_batchnorm_into_gemm import replace_gemm_numbers
 from onnxcompress.rewrite import Miss, RewritePass
 

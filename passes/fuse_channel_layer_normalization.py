@@ -16,11 +16,11 @@ import math
 
 import numpy as np
 
-from onnxcompress.cones import replace_cone
 from onnxcompress.graph import Graph, Node, Tensor, rank, static_shape
-from onnxcompress.reductions import sizes_along
+from onnxcompress.patterns.cones import replace_cone
+from onnxcompress.patterns.reductions import sizes_along
+from onnxcompress.patterns.standardization import Fit, Standardized, finished, fit_channels, read_standardized
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.standardization import Fit, Standardized, finished, fit_channels, read_standardized
 
 MIN_CHANNELS = 32
 MAX_POSITIONS_OF_BATCHES = 14 * 14

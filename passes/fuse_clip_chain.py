@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.clamps import Clamp, read_clamp
 from onnxcompress.graph import Graph, Node, Tensor, Variable
+from onnxcompress.patterns.clamps import Clamp, read_clamp
 from onnxcompress.rewrite import Miss, RewritePass
 
 

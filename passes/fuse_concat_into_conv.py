@@ -17,9 +17,9 @@ import numpy as np
 from onnxcompress.cost import OperatorSpec
 from onnxcompress.graph import Graph, Node, is_op
 from onnxcompress.linear import ConvOp, Exactness
-from onnxcompress.linear_chain import Merged, Plan, plan_sum
-from onnxcompress.linear_nodes import conv_spec_at, read_conv, spatial_sizes
-from onnxcompress.linear_paths import (
+from onnxcompress.linear.chain import Merged, Plan, plan_sum
+from onnxcompress.linear.nodes import conv_spec_at, read_conv, spatial_sizes
+from onnxcompress.merging.paths import (
     Path,
     change_in_macs,
     insert_merged,

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.channel_affine import ELEMENTWISE, ends_gelu, live_operand, why_not_copy, why_not_shift
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, numpy_dtype
-from onnxcompress.linear_conv import cast
-from onnxcompress.linear_nodes import FLOATS
+from onnxcompress.linear.conv import cast
+from onnxcompress.linear.nodes import FLOATS
+from onnxcompress.merging.channel_affine import ELEMENTWISE, ends_gelu, live_operand, why_not_copy, why_not_shift
 from onnxcompress.rewrite import Miss, RewritePass
 
 Step = tuple[str, np.ndarray | None, bool]  # operator and constant to apply, and whether the constant stands first

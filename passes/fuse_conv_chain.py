@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcompress.conv_chains import Segment, chain_from, readable_runs, segments_that_pay
 from onnxcompress.graph import Graph, Node, is_op
 from onnxcompress.linear import Exactness
-from onnxcompress.linear_paths import change_in_macs, insert_merged, kernel_text
+from onnxcompress.merging.conv_chains import Segment, chain_from, readable_runs, segments_that_pay
+from onnxcompress.merging.paths import change_in_macs, insert_merged, kernel_text
 from onnxcompress.rewrite import Miss, RewritePass
 
 

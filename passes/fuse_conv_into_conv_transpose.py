@@ -26,10 +26,10 @@ from onnxcompress.linear import (
     why_not_compose_transpose,
     why_not_pointwise,
 )
-from onnxcompress.linear_chain import has_bias
-from onnxcompress.linear_conv import compose
-from onnxcompress.linear_nodes import FLOATS, conv_spec_at, read_conv
-from onnxcompress.linear_paths import change_in_macs, nominal_shape, why_not_merge
+from onnxcompress.linear.chain import has_bias
+from onnxcompress.linear.conv import compose
+from onnxcompress.linear.nodes import FLOATS, conv_spec_at, read_conv
+from onnxcompress.merging.paths import change_in_macs, nominal_shape, why_not_merge
 from onnxcompress.rewrite import Miss, RewritePass
 
 

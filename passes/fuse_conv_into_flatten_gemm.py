@@ -15,12 +15,12 @@ from itertools import product
 
 import numpy as np
 
-from onnxcompress.gemm_heads import Head, flat_head, replace_head
 from onnxcompress.graph import Graph, Node
 from onnxcompress.linear import Affine, ConvOp
-from onnxcompress.linear_conv import cast
-from onnxcompress.linear_nodes import conv_spec_at, read_affine, read_conv, spatial_sizes
-from onnxcompress.linear_paths import change_in_macs, kernel_text, looks_linear, nominal_shape, why_not_merge
+from onnxcompress.linear.conv import cast
+from onnxcompress.linear.nodes import conv_spec_at, read_affine, read_conv, spatial_sizes
+from onnxcompress.merging.gemm_heads import Head, flat_head, replace_head
+from onnxcompress.merging.paths import change_in_macs, kernel_text, looks_linear, nominal_shape, why_not_merge
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxcompress.cost import OperatorSpec
-from onnxcompress.gemm_heads import Head, flat_head, is_global_mean, keeps_axes, replace_head
 from onnxcompress.graph import Graph, Node
 from onnxcompress.linear import Affine, ConvOp, fold_global_average_pool, why_not_pointwise
-from onnxcompress.linear_nodes import conv_spec_at, read_affine, read_conv
-from onnxcompress.linear_paths import change_in_macs, looks_linear, nominal_shape, why_not_merge
+from onnxcompress.linear.nodes import conv_spec_at, read_affine, read_conv
+from onnxcompress.merging.gemm_heads import Head, flat_head, is_global_mean, keeps_axes, replace_head
+from onnxcompress.merging.paths import change_in_macs, looks_linear, nominal_shape, why_not_merge
 from onnxcompress.rewrite import Miss, RewritePass
 
 

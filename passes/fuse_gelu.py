@@ -18,10 +18,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor, is_op
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import (
+    ARITHMETIC,
+    Powers,
+    arguments,
+    float_dtype,
+    is_scaled_later,
+    read_polynomial,
+)
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import ARITHMETIC, Powers, arguments, float_dtype, is_scaled_later, read_polynomial
 
 OPSET = 20
 OUTSIDE: Mapping[Powers, float] = {(1, 0): 0.5, (1, 1): 0.5}  # of x and the curve

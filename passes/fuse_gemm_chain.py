@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from onnxcompress.affine_links import (
+from onnxcompress.cost import GROWTH_ALLOWANCE_BYTES, OperatorSpec
+from onnxcompress.graph import Graph, Node, is_op
+from onnxcompress.linear import Affine, compose_affine
+from onnxcompress.merging.affine_links import (
     Link,
     affine_specs,
     link_specs,
@@ -24,11 +27,8 @@ from onnxcompress.affine_links import (
     replace_by,
     why_not_merge,
 )
-from onnxcompress.cost import GROWTH_ALLOWANCE_BYTES, OperatorSpec
-from onnxcompress.graph import Graph, Node, is_op
-from onnxcompress.linear import Affine, compose_affine
-from onnxcompress.linear_paths import kept_bytes
-from onnxcompress.partition import SegmentPrice, fastest_partition
+from onnxcompress.merging.partition import SegmentPrice, fastest_partition
+from onnxcompress.merging.paths import kept_bytes
 from onnxcompress.rewrite import Miss, RewritePass
 
 LONGEST_SEGMENT = 8

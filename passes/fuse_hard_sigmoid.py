@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.clamps import Clamp, read_clamp
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor, is_op
-from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import (
+from onnxcompress.patterns.clamps import Clamp, read_clamp
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import (
     ARITHMETIC,
     Polynomial,
     arguments,
@@ -24,6 +23,7 @@ from onnxcompress.scalar_algebra import (
     is_scaled_later,
     read_polynomial,
 )
+from onnxcompress.rewrite import Miss, RewritePass
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class FuseHardSigmoid(RewritePass[Site]):
             # onnxruntime has no HardSigmoid for float64.
             if curve is None or clamp is None or clamp.dtype not in (np.float16, np.float32) or outside is None:
                 continue
+            if clamp.low_is_default or clamp.high_is_default:
+                continue
             found = _read(graph, output, curve, clamp, outside)
             if found is not None:
                 return Miss(node.name, found) if isinstance(found, str) else found
@@ -60,7 +62,7 @@ class FuseHardSigmoid(RewritePass[Site]):
 
 def _read(graph: Graph, output: Tensor, curve: Node, clamp: Clamp, outside: Polynomial) -> Site | str | None:
     c, d = outside.coefficients.get((1,), 0.0), outside.coefficients.get((0,), 0.0)
-    if len(outside.coefficients) > 1 + (d != 0) or c <= 0:
+    if not outside.coefficients.keys() <= {(0,), (1,)}:
         return None
     reason = None
     for source in reversed(arguments(graph, curve.inputs[0])):

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.clamps import read_clamp
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor, is_op
-from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import (
+from onnxcompress.patterns.clamps import read_clamp
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import (
     ARITHMETIC,
     Polynomial,
     arguments,
@@ -26,6 +25,7 @@ from onnxcompress.scalar_algebra import (
     is_scaled_later,
     read_polynomial,
 )
+from onnxcompress.rewrite import Miss, RewritePass
 
 OPSET = 14
 ALPHA, BETA = 1 / 6, 0.5

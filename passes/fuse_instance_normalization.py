@@ -17,11 +17,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxcompress.cones import replace_cone
 from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op, rank
-from onnxcompress.reductions import sizes_along
+from onnxcompress.patterns.cones import replace_cone
+from onnxcompress.patterns.reductions import sizes_along
+from onnxcompress.patterns.standardization import Fit, Standardized, finished, fit_channels, read_standardized
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.standardization import Fit, Standardized, finished, fit_channels, read_standardized
 
 # The longest vector of ones that is better than a small one and an operator by the less common name.
 LAYER_LIMIT = 4096

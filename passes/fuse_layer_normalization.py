@@ -12,14 +12,14 @@ that are read here take 135 (Keras), 162 (reciprocal) and 163 us (no scale), aga
 from __future__ import annotations
 
 from onnxcompress.graph import Graph, Node
-from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.standardization import (
+from onnxcompress.patterns.standardization import (
     Standardized,
     choose_last_axes,
     finished_last_axes,
     read_standardized,
     replace_last_axes,
 )
+from onnxcompress.rewrite import Miss, RewritePass
 
 
 class FuseLayerNormalization(RewritePass[Standardized]):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.cones import replace_cone, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.patterns.cones import replace_cone, why_not_replace
+from onnxcompress.patterns.scalar_algebra import float_dtype, read_polynomial
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import float_dtype, read_polynomial
 
 OPSET_OF_DOUBLE = 16  # onnxruntime has no LeakyRelu for float64 before
 

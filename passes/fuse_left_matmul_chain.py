@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.affine_links import why_not_merge
 from onnxcompress.cost import OperatorSpec, known_shape
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, rank
-from onnxcompress.linear_conv import cast
-from onnxcompress.linear_nodes import FLOATS
-from onnxcompress.linear_paths import change_in_macs
+from onnxcompress.linear.conv import cast
+from onnxcompress.linear.nodes import FLOATS
+from onnxcompress.merging.affine_links import why_not_merge
+from onnxcompress.merging.paths import change_in_macs
 from onnxcompress.rewrite import Miss, RewritePass
 
 

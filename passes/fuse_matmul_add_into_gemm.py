@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.channel_affine import why_not_shift
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, numpy_dtype, rank, static_shape
-from onnxcompress.linear_nodes import FLOATS, other_operand
+from onnxcompress.linear.nodes import FLOATS, other_operand
+from onnxcompress.merging.channel_affine import why_not_shift
 from onnxcompress.rewrite import Miss, RewritePass
 
 

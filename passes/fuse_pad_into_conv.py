@@ -23,7 +23,7 @@ from onnxcompress.graph import (
     scalar_value,
     static_shape,
 )
-from onnxcompress.linear_nodes import explicit_pads
+from onnxcompress.linear.nodes import explicit_pads
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.graph import Graph, Node, Tensor, is_op, numpy_dtype, optional_input, scalar_value
-from onnxcompress.linear_nodes import FLOATS, explicit_pads
+from onnxcompress.linear.nodes import FLOATS, explicit_pads
 from onnxcompress.passes.fuse_pad_into_conv import Padding, is_data_reader, read_pad
 from onnxcompress.rewrite import Miss, RewritePass
 

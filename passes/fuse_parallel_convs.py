@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from onnxcompress.branches import Branch, BranchPass
+from onnxcompress.merging.branches import Branch, BranchPass
 
 MOST_PAIRS = 64
 

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.affine_links import (
+from onnxcompress.cost import OperatorSpec
+from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.linear import Affine
+from onnxcompress.linear.conv import cast
+from onnxcompress.merging.affine_links import (
     Link,
     affine_specs,
     link_specs,
@@ -23,10 +27,6 @@ from onnxcompress.affine_links import (
     sum_specs,
     why_not_merge,
 )
-from onnxcompress.cost import OperatorSpec
-from onnxcompress.graph import Graph, Node, Tensor
-from onnxcompress.linear import Affine
-from onnxcompress.linear_conv import cast
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_op, optional_input, rank
-from onnxcompress.polynomial import Size
-from onnxcompress.reshape_target import constant_target, left_over_axis
+from onnxcompress.patterns.reshape_target import constant_target, left_over_axis
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss, remove_if_unread
 from onnxcompress.sizes import Sizes
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.polynomial import Size
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 

@@ -10,14 +10,14 @@ does by itself. Without a scale, ones take its place.
 from __future__ import annotations
 
 from onnxcompress.graph import Graph, Node
-from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.standardization import (
+from onnxcompress.patterns.standardization import (
     Standardized,
     choose_last_axes,
     finished_last_axes,
     read_standardized,
     replace_last_axes,
 )
+from onnxcompress.rewrite import Miss, RewritePass
 
 
 class FuseRMSNormalization(RewritePass[Standardized]):

@@ -20,8 +20,8 @@ import numpy as np
 from onnxcompress.cost import OperatorSpec, known_shape
 from onnxcompress.graph import Graph, Node, Tensor, is_op
 from onnxcompress.linear import ConvOp, concat_channels
-from onnxcompress.linear_nodes import conv_spec, explicit_pads, insert_conv, read_conv
-from onnxcompress.linear_paths import kernel_text, looks_linear, why_not_merge
+from onnxcompress.linear.nodes import conv_spec, explicit_pads, insert_conv, read_conv
+from onnxcompress.merging.paths import kernel_text, looks_linear, why_not_merge
 from onnxcompress.passes.fuse_concat_into_conv import is_channel_concat
 from onnxcompress.rewrite import Miss, RewritePass
 

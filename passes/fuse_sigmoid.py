@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor, is_op
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import arguments, float_dtype, read_polynomial, scalar_beside
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import arguments, float_dtype, read_polynomial, scalar_beside
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnxcompress.branches import Branch, BranchPass
+from onnxcompress.merging.branches import Branch, BranchPass
 
 
 class FuseSkipIntoConv(BranchPass):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcompress.cones import replace_cone, why_not_replace
-from onnxcompress.exponentials import last_axis, read_exponential_sum
 from onnxcompress.graph import Graph, Node, Tensor, is_op
+from onnxcompress.patterns.cones import replace_cone, why_not_replace
+from onnxcompress.patterns.exponentials import last_axis, read_exponential_sum
+from onnxcompress.patterns.scalar_algebra import float_dtype
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import float_dtype
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import Graph, Node, Tensor, is_op
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import float_dtype, read_polynomial
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import float_dtype, read_polynomial
 
 
 @dataclass(frozen=True)

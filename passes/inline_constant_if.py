@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxcompress.bypass import is_used
 from onnxcompress.graph import Constant, Graph, Node, Tensor, bodies, scalar_value
+from onnxcompress.patterns.bypass import is_used
 from onnxcompress.rewrite import Miss, RewritePass
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.cost import OperatorSpec
-from onnxcompress.gemm_heads import is_global_mean, keeps_axes
 from onnxcompress.graph import Graph, Node, is_op
 from onnxcompress.linear import ConvOp, why_not_pointwise
-from onnxcompress.linear_chain import has_bias
-from onnxcompress.linear_nodes import conv_spec_at, explicit_pads, read_conv
-from onnxcompress.linear_paths import change_in_macs, looks_linear, nominal_shape, why_not_merge
+from onnxcompress.linear.chain import has_bias
+from onnxcompress.linear.nodes import conv_spec_at, explicit_pads, read_conv
+from onnxcompress.merging.gemm_heads import is_global_mean, keeps_axes
+from onnxcompress.merging.paths import change_in_macs, looks_linear, nominal_shape, why_not_merge
 from onnxcompress.passes.fuse_conv_into_global_pool_gemm import pool_first
 from onnxcompress.rewrite import Miss, RewritePass
 

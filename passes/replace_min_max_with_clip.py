@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.graph import Graph, Node, Tensor
+from onnxcompress.patterns.scalar_algebra import float_dtype, scalar_beside
 from onnxcompress.rewrite import Miss, RewritePass
-from onnxcompress.scalar_algebra import float_dtype, scalar_beside
 
 OPSET_OF_DOUBLE = 12  # onnxruntime has no Clip for float64 before
 

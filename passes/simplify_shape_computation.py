@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, numpy_dtype, optional_input
-from onnxcompress.reshape_target import constant_target, left_over_axis
+from onnxcompress.patterns.reshape_target import constant_target, left_over_axis
+from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
-from onnxcompress.size_rules import VALUES
 from onnxcompress.sizes import Window, known_or
-from onnxcompress.sizes_pass import SizesPass
+from onnxcompress.sizes.rules import VALUES
 
 TO_THE_END = (1 << 63) - 1
 

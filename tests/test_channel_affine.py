@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onnxcompress.channel_affine import (
+from onnxcompress.merging.channel_affine import (
     ChannelAffine,
     compact,
     extend_backward,

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxcompress.comparison import Comparison, Difference, difference, perturbed, weakness, worse
+from onnxcompress.validation.comparison import Comparison, Difference, difference, perturbed, weakness, worse
 
 Y = np.array([[1.0, -2.0, 4.0], [0.5, 3.0, 0.0]], np.float32)
 

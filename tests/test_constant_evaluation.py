@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, parser
 
-from onnxcompress.constant_evaluation import RULES, evaluate_in_numpy, single_node_model
 from onnxcompress.graph import is_constant
 from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
+from onnxcompress.patterns.constant_evaluation import RULES, evaluate_in_numpy, single_node_model
 from onnxcompress.testing import graph_of, model, run
 
 F = np.array([[0.0, -0.0, np.inf], [np.nan, -1.5, 7.25]], np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.data import Dataset, InputSpec, Preprocess, load_data
-from onnxcompress.data_files import Lazy
+from onnxcompress.data.files import Lazy
 from onnxcompress.errors import DataError, RecipeError
 
 GRAY = InputSpec("image", np.dtype(np.float32), ("N", 1, 8, 8))

@@ -4,11 +4,19 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.equivalence import LoweredModel, Reference, Sensitivity, compare, for_runtime, read_model, run_model
 from onnxcompress.errors import ModelError, RuntimeFailure
-from onnxcompress.randomness import random_outputs
 from onnxcompress.runtime import Runtime
 from onnxcompress.testing import model
+from onnxcompress.validation.equivalence import (
+    LoweredModel,
+    Reference,
+    Sensitivity,
+    compare,
+    for_runtime,
+    read_model,
+    run_model,
+)
+from onnxcompress.validation.randomness import random_outputs
 
 X = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
 FEEDS = [{"x": X}, {"x": X[:2]}]

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from onnxcompress import models, pipeline
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
-from onnxcompress.signature import interface_differences
+from onnxcompress.validation.signature import interface_differences
 
 ROOT = Path(__file__).parents[1]
 PASSES = [cls for stage in pipeline.ORDER for cls in stage.passes]

@@ -22,8 +22,8 @@ LIGHT = {"onnx", "numpy", "onnx_graphsurgeon", "ml_dtypes", "click", "google", "
 # From left to right: a module may import those before its own group, and its own group.
 LAYERS = (
     ("errors",),
-    ("graph", "model_io", "shapes", "linear", "cost", "runtime", "interface"),
-    ("rewrite",),
+    ("graph", "model_io", "shapes", "sizes", "linear", "cost", "runtime", "interface"),
+    ("rewrite", "merging", "patterns"),
     ("passes",),
     ("pipeline",),
     ("cli",),

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.linear import ConvOp, Exactness
-from onnxcompress.linear_chain import ChainGeometry, Plan, plan_sum
+from onnxcompress.linear.chain import ChainGeometry, Plan, plan_sum
 
 STEPS = st.integers(1, 2)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.errors import DataError, RecipeError
-from onnxcompress.metrics import METRICS, find_metric
+from onnxcompress.validation.metrics import METRICS, find_metric
 
 SCORES = np.array(
     [[0.1, 0.9, 0, 0, 0, 0], [0.5, 0.4, 0.3, 0.2, 0.1, 0], [0, 1, 2, 3, 4, 5], [6, 5, 4, 3, 2, 1]], np.float32

@@ -17,9 +17,9 @@ from onnx.reference import ReferenceEvaluator
 from onnxcompress import pipeline
 from onnxcompress.errors import RuntimeFailure
 from onnxcompress.model_io import load, to_proto
-from onnxcompress.randomness import random_outputs
 from onnxcompress.rewrite import Settings
 from onnxcompress.runtime import Runtime
+from onnxcompress.validation.randomness import random_outputs
 
 # A quarter of the models runs by default, all of them with `-m slow`.
 SHARDS = [*range(2), *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, 8))]

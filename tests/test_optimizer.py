@@ -208,7 +208,7 @@ def test_subgraphs_functions_and_overridable_initializers_are_kept(tmp_path):
 
 
 def padded_pairs(count):
-    """``count`` blocks of 3x3 -> 3x3, both padded, through a wide middle: class 4, and 0.35 times the MACs if merged."""
+    """``count`` blocks of 3x3 -> 3x3, both padded, through a wide middle: class 4, 0.35 times the MACs if merged."""
     rng = np.random.default_rng(0)
     weights, lines, name = {}, [], "x"
     for i in range(count):

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from onnxcompress.partition import SegmentPrice, fastest_partition
+from onnxcompress.merging.partition import SegmentPrice, fastest_partition
 
 
 def every_partition(length, longest):

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcompress.errors import ModelError, RecipeError, RuntimeFailure
 from onnxcompress.runtime import Runtime
 from onnxcompress.samples import MAX_TRIES, check_samples
-from onnxcompress.scopes import value_dims
+from onnxcompress.samples.scopes import value_dims
 from onnxcompress.testing import model
 
 W34 = np.arange(12, dtype=np.float32).reshape(3, 4)

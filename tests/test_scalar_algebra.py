@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcompress.cones import replace_cone, upstream, why_not_replace
 from onnxcompress.graph import is_constant
-from onnxcompress.scalar_algebra import arguments, is_close, is_scaled_later, read_polynomial, read_product
+from onnxcompress.patterns.cones import replace_cone, upstream, why_not_replace
+from onnxcompress.patterns.scalar_algebra import arguments, is_close, is_scaled_later, read_polynomial, read_product
 from onnxcompress.testing import graph_of, model, run
 
 F = np.float32

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcompress.polynomial import Size, product
-from onnxcompress.reshape_target import constant_target
+from onnxcompress.patterns.reshape_target import constant_target
 from onnxcompress.sizes import Sizes
+from onnxcompress.sizes.polynomial import Size, product
 from onnxcompress.testing import graph_of, model, run
 
 X = "float[N,3,M] x"

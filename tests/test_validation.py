@@ -11,7 +11,7 @@ from onnxcompress.data import Dataset
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.runtime import Runtime
 from onnxcompress.testing import model
-from onnxcompress.validation import METRIC_TOLERANCE, data_feeds, interface_differences, validate
+from onnxcompress.validation.judge import METRIC_TOLERANCE, data_feeds, interface_differences, validate
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((3, 8)).astype(np.float32)

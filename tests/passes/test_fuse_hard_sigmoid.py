@@ -48,6 +48,7 @@ FORMS = {
     "slope alone": ("m = Mul(x, fifth) y = Clip(m, zero, one)", 0.2, 0),
     "offset alone": ("a = Add(x, half) y = Clip(a, zero, one)", 1, 0.5),
     "turned about": ("a = Sub(half, x) y = Clip(a, zero, one)", -1, 0.5),
+    "two factors": ("a = Add(x, three) c = Clip(a, zero, six) d = Mul(c, half) y = Div(d, three)", 1 / 6, 0.5),
     "shifted range": ("m = Mul(x, two) c = Clip(m, minus_one, one) d = Add(c, one) y = Mul(d, half)", 1, 0.5),
 }
 
@@ -57,7 +58,7 @@ def test_fuses_every_form(form):
     nodes, alpha, beta = FORMS[form]
     before = make(nodes)
     after, result = apply(FuseHardSigmoid(), before)
-    assert result.rewrites == 1 and ops(after) == ["HardSigmoid"]
+    assert result.rewrites == 1 and result.misses == [] and ops(after) == ["HardSigmoid"]
     assert attributes(after) == pytest.approx({"alpha": alpha, "beta": beta}, rel=1e-6)
     assert_equivalent(before, after, rel=5e-7, sizes={"N": 5})  # measured 6.0e-8
 
@@ -92,6 +93,7 @@ WHOLE = FORMS["paddle"][0]
 NEAR_MISSES = {
     "divided by 5": (WHOLE.replace("Div(c, six)", "Div(c, five)"), {}, "the range is [0, 1.2], not [0, 1]"),
     "from 1 on": (WHOLE.replace("zero", "one"), {}, "the range is [0.1666667, 1], not [0, 1]"),
+    "falling": (WHOLE.replace("y = Div(c", "d = Sub(six, c) y = Div(d"), {}, "the range is [1, 0], not [0, 1]"),
     "clip is an output": (WHOLE, {"y": f"{Y}, float[N,3,4,8] c"}, "'c', which would go, is a model output"),
     "sum is read elsewhere": (f"{WHOLE} z = Neg(a)", {"y": f"{Y}, float[N,3,4,8] z"}, "'a', which would go, is read"),
 }
@@ -111,12 +113,13 @@ OTHER_THINGS = {
     "nothing around": "y = Clip(x, zero, one)",
     "nothing before": "c = Clip(x, zero, six) y = Div(c, six)",
     "not scaled to 1": "a = Add(x, three) y = Clip(a, zero, six)",
+    "relu": WHOLE.replace("Clip(a, zero, six)", "Relu(a)"),
     "no upper bound": WHOLE.replace("Clip(a, zero, six)", "Clip(a, zero)"),
+    "no lower bound": WHOLE.replace("Clip(a, zero, six)", "Clip(a, , six)"),
     "vector": WHOLE.replace("three", "vector"),
     "adds axes": WHOLE.replace("three", "three5"),
     "bound is an input": WHOLE.replace("Clip(a, zero, six)", "Clip(a, zero, w)"),
     "turned about": "a = Add(x, three) c = Clip(a, one, six) y = Div(one, c)",
-    "falling": "a = Add(x, three) c = Clip(a, zero, six) d = Sub(six, c) y = Div(d, six)",
     "square": "a = Mul(x, x) y = Clip(a, zero, one)",
 }
 
@@ -125,6 +128,12 @@ OTHER_THINGS = {
 def test_another_thing_is_left_alone(case):
     y = "float[1,N,3,4,8] y" if case == "adds axes" else Y
     before = make(OTHER_THINGS[case], x=f"{X}, float w", y=y)
+    after, result = apply(FuseHardSigmoid(), before)
+    assert result.rewrites == 0 and result.misses == [] and ops(after) == ops(before)
+
+
+def test_a_polynomial_in_the_clip_is_left_alone():
+    before = make("a = Add(x, three) c = Clip(a, zero, two) h = Mul(c, half) q = Mul(c, c) y = Add(h, q)")
     after, result = apply(FuseHardSigmoid(), before)
     assert result.rewrites == 0 and ops(after) == ops(before)
 
