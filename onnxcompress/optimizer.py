@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 GROWTH_LIMIT = 1.01  # times the original's bytes
 NO_LIMIT = 1 << 30  # of approximate rewrites, before their error is known
+TIMING_LIMIT_BYTES = 1 << 30  # timing holds both models in memory, the check only one
 CHECK_SAMPLES = 4  # of the user's data
 SLOWER_LIMIT = 0.97  # a ratio original / result below this, interval included, is slower
 Progress = Callable[[str], None]
@@ -349,6 +350,9 @@ class _Job:
 
     def _latency(self, staged: StagedFile, budget_s: float | None = None) -> LatencyFigures | None:
         if not self.options.measure_latency or self.reference is None:
+            return None
+        if staged.size_bytes > TIMING_LIMIT_BYTES:
+            logger.info("latency is not measured: two models of %s bytes would be held at once", staged.size_bytes)
             return None
         self.progress("timing")
         try:

@@ -83,7 +83,10 @@ def rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     for name, key in (("parameters", "parameters"), ("MACs", "macs")):
         assumed = key == "macs" and not (before["macs_exact"] and after["macs_exact"])
         label = f"{name} (sizes assumed)" if assumed else name
-        table.append((label, f"{before[key]:,}", f"{after[key]:,}", change(before[key], after[key])))
+        # Sizes known only of one of the two would compare a real size with an assumed one.
+        comparable = key != "macs" or before["macs_exact"] == after["macs_exact"]
+        shown = change(before[key], after[key]) if comparable else ""
+        table.append((label, f"{before[key]:,}", f"{after[key]:,}", shown))
     latency = report["latency"]
     if latency is not None:
         table.append(

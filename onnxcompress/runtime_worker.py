@@ -265,6 +265,8 @@ def main() -> None:
 
     import onnxruntime as ort
 
+    ort.disable_telemetry_events()  # what users do with their models is theirs
+
     ort.set_default_logger_severity(4)  # a warning would be taken for the last words of a crash
     worker = Worker(ort)
     send(sink, {"onnxruntime": ort.__version__})

@@ -441,6 +441,7 @@ def test_missing_file_and_folder(tmp_path):
         (lambda g: g.initializer[0].dims.__setitem__(0, -3), "negative dimension"),
         (lambda g: setattr(g.initializer[0], "data_type", 77), "unknown element type"),
         (lambda g: setattr(g.output[0], "name", "lost"), "no node makes its output 'lost'"),
+        (lambda g: g.output.append(g.output[0]), "lists its output 'y' twice"),
     ],
 )
 def test_broken_graphs_are_named(break_it, message):
