@@ -57,6 +57,8 @@ class FuseHardSwish(RewritePass[Site]):
             ramp = None if curve is None else _read_ramp(graph, curve)
             if curve is None or ramp is None:
                 continue
+            if graph.opset < OPSET and curve.op == "HardSigmoid":
+                continue  # it is what this pass makes in these opsets
             found = _read(graph, node, curve, ramp)
             if found is not None:
                 return Miss(node.name, found) if isinstance(found, str) else found
@@ -93,8 +95,6 @@ def _read(graph: Graph, node: Node, curve: Node, ramp: Ramp) -> Site | str | Non
             continue
         reason = _why_not(inside, outside.coefficients[(1, 1)], ramp, dtype)
         if reason is None:
-            if graph.opset < OPSET and curve.op == "HardSigmoid":
-                return None
             if dtype == np.float64:
                 return "onnxruntime has neither HardSwish nor HardSigmoid for float64"
             nodes = (*outside.nodes, curve, *inside.nodes)

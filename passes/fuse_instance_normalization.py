@@ -52,7 +52,8 @@ def _choose_channels(source: Tensor, axes: tuple[int, ...]) -> Fit | str | None:
         return None
     channels = sizes_along(source, [1])
     if channels is None:
-        return "the number of channels is not known"
+        # On three axes it is most often a sequence of unknown length, which LayerNormalization is for.
+        return None if axis_count == 3 else "the number of channels is not known"
     return fit_channels(source, channels[0])
 
 

@@ -155,6 +155,13 @@ def test_double_is_left_alone():
     assert result.rewrites == 0 and "float64" in result.misses[0].reason
 
 
+def test_a_sequence_of_unknown_length_is_another_thing():
+    nodes = f"{CORE3} n = Div(d, s) y = Mul(n, gl)"
+    before = make(nodes, x="float[N,T,5] x", y="float[N,T,5] y")
+    after, result = apply(FuseInstanceNormalization(), before)
+    assert result.rewrites == 0 and result.misses == [] and ops(after) == ops(before)
+
+
 @pytest.mark.parametrize("axes", ["[1]", "[1,2,3]", "[3]", "[0,2,3]", "[2]"])
 def test_other_axes_are_another_thing(axes):
     before = make(WHOLE.replace("[2,3]", axes).replace("[-1,-2]", axes))
