@@ -4,7 +4,7 @@
     after    y = LayerNormalization(x, scale, shift)
 
 Written in any of the ways that ``standardization`` reads. Without a scale, ones take its place.
-Exact up to rounding: max|d| / max|y| was 6.2e-7 at worst over 200 random inputs.
+Exact up to rounding: max|d| / max|y| was 1.9e-7 at worst over four shapes up to (1, 3136, 96).
 Time on onnxruntime 1.31, one thread, (8, 64, 256): 61 us for both, since it fuses this form by itself; the other forms
 that are read here take 135 (Keras), 162 (reciprocal) and 163 us (no scale), against 65 to 80 us afterwards.
 """
