@@ -115,21 +115,23 @@ CLEANUP = (
     DeduplicateNodes,
 )
 FUSION = (
-    FuseLayerNormalization,
-    FuseRMSNormalization,
-    FuseChannelLayerNormalization,
-    FuseInstanceNormalization,
+    # HardSwish and HardSigmoid look for one Clip, Mish for a plain Softplus.
+    ReplaceMinMaxWithClip,
+    FuseSigmoid,
+    FuseSoftsign,
+    FuseLeakyRelu,
+    FuseSoftplus,
+    FuseMish,
+    FuseHardSwish,
+    FuseHardSigmoid,
     FuseLogSoftmax,
     FuseSoftmax,
     FuseGelu,
-    FuseHardSigmoid,
-    FuseHardSwish,
-    FuseMish,
-    FuseSoftplus,
-    FuseSoftsign,
-    FuseSigmoid,
-    FuseLeakyRelu,
-    ReplaceMinMaxWithClip,
+    # Before LayerNormalization, which would take it with a vector of ones over the positions.
+    FuseInstanceNormalization,
+    FuseLayerNormalization,
+    FuseChannelLayerNormalization,
+    FuseRMSNormalization,
     FuseReshapeIntoReduce,
 )
 FOLDING = (
