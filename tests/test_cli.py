@@ -310,14 +310,13 @@ def test_an_interrupt_leaves_nothing(folder, number, delay_s):
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     left = files(folder)
-    if process.returncode == 0 or "x.onnx had been written" in err:
-        assert left == ["m.onnx", "x.onnx"]
-    else:
-        assert left == ["m.onnx"], "something half-written was left"
-        # Before the command line has set its handlers, Python's own apply.
-        if process.returncode == 130:
-            assert err == "onnxcompress: interrupted; no output was written\n"
-            assert "Traceback" not in err
+    if "x.onnx" in left:  # it came after the file had been put in place: then the file is whole
+        onnx.checker.check_model(onnx.load(folder / "x.onnx"))
+        assert process.returncode == 0 or "no output was written" not in err
+        left.remove("x.onnx")
+    elif process.returncode == 130:  # before the command line has set its handlers, Python's own apply
+        assert err == "onnxcompress: interrupted; no output was written\n"
+    assert left == ["m.onnx"], "something half-written was left"
     assert not [p for p in folder.iterdir() if p.name.startswith(".onnxcompress")]
 
 

@@ -106,7 +106,7 @@ class _Reader:
                 raise ModelError(f"graph {proto.name!r}: no node makes its output {value.name!r}; the model is damaged")
             if value.name not in local:
                 self.scope.pinned.add(tensor)
-            if any(tensor is output for output in graph.outputs):
+            if outer is None and any(tensor is output for output in graph.outputs):
                 raise ModelError(f"graph {proto.name!r} lists its output {value.name!r} twice")
             graph.outputs.append(tensor)
         graph.unread = [
