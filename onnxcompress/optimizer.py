@@ -88,7 +88,7 @@ class OptimizeOptions:
     measure_latency: bool = True
     measure_download: bool = False
     threads: int = 0
-    latency_budget_s: float = 0.5
+    latency_budget_s: float = 0.25
     custom_ops: Path | None = None
     seed: int = 0
     timeout_s: float | None = 300.0
