@@ -357,7 +357,9 @@ def test_memory_is_that_of_the_tree():
 
 
 def test_the_time_limit_stops_the_whole_tree():
-    run = bench_process.run_limited([sys.executable, "-c", PARENT.format(seconds=60)], limit_s=3)  # the child has said its number by then
+    run = bench_process.run_limited(
+        [sys.executable, "-c", PARENT.format(seconds=60)], limit_s=3
+    )  # the child has said its number by then
     assert run.timed_out
     assert not run.ok
     assert run.wall_s < 10
