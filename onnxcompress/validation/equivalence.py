@@ -10,7 +10,8 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 # onnxruntime's own default optimization moves the outputs of seven out of nine trained models by less than 8e-6 (median
 # 5e-7). The other two, a detector (2e-5) and an int8 model (2e-3), move as far when their inputs change by 1e-6.
 DEFAULT_TOLERANCE = 1e-5
-RUNTIME_IR_VERSION = 13  # the newest that onnxruntime 1.31 loads
+# The newest ir_version that an onnxruntime loads: 13 from 1.31 on; what is older loads 10 (seen with 1.23).
+RUNTIME_IR_VERSIONS = ((1, 31), 13, 10)
 PERTURBED_RUNS = 3
 TRUSTED_NOISE = 1e-2  # onnxruntime's own optimization may be wrong: beyond this it says nothing about the model
 _IR_VERSION_TAG = 0x08  # field 1 of ModelProto, a varint; written first
@@ -81,19 +83,31 @@ def _ir_version(model: Model) -> int:
     return int(read_model(model).ir_version)
 
 
+@cache
+def runtime_ir_version() -> int:
+    """The ir_version that models are lowered to for the installed onnxruntime."""
+    since, newest, older = RUNTIME_IR_VERSIONS
+    try:
+        parts = version("onnxruntime").split(".")
+    except PackageNotFoundError:
+        return newest  # onnxruntime-gpu and the like: presumably of today
+    return newest if tuple(int(part) for part in parts[:2]) >= since else older
+
+
 def for_runtime(model: Model) -> bytes | Path:
     """What onnxruntime is given: a model above its ir_version limit as a copy with the highest one that it takes.
 
     The opset stays. External data of a lowered path are found by ``run_model`` (``LoweredModel.folder``).
     """
-    if _ir_version(model) <= RUNTIME_IR_VERSION:
+    limit = runtime_ir_version()
+    if _ir_version(model) <= limit:
         if isinstance(model, ModelProto):
             return bytes(model.SerializeToString())
         return model if isinstance(model, bytes) else Path(model)
     proto = read_model(model)
     declared = proto.ir_version
     try:
-        proto.ir_version = RUNTIME_IR_VERSION
+        proto.ir_version = limit
         lowered = LoweredModel(proto.SerializeToString())
     finally:
         proto.ir_version = declared  # a ModelProto belongs to the caller
