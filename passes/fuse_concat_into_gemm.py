@@ -3,8 +3,8 @@
     before   y = Concat(x @ A + a, x @ B + b, x) @ W + c
     after    y = x @ (A W_1 + B W_2 + W_3) + (a W_1 + b W_2 + c)          with W = [W_1; W_2; W_3] by rows
 
-Every part is a linear map of x, or x itself. Computed in float64 and rounded once: max|d| / max|y| was 3.9e-7 at worst
-over 2000 random layers.
+Every part is a linear map of x, or x itself. Computed in float64 and rounded once: max|d| / max|y| was 3.4e-7 at worst
+over 500 random layers.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Gemm, and MatMul with the Add of a row, for x of any number of axes. A pair pays if the middle is wider than
 d0 d2 / (d0 + d2); a dynamic program over the cut points finds the fastest partition of a longer chain that does not
-grow the file. Computed in float64 and rounded once: max|d| / max|y| was 4.4e-7 at worst over 2000 random chains.
+grow the file. Computed in float64 and rounded once: max|d| / max|y| was 5.1e-7 at worst over 500 random pairs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     after    y = (C2 C1) @ x
 
 Such products mix tokens or positions. They do not merge with products from the right, which mix channels. Computed in
-float64 and rounded once: max|d| / max|y| was 3.2e-7 at worst over 2000 random pairs.
+float64 and rounded once: max|d| / max|y| was 4.6e-7 at worst over 500 random pairs.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class AlwaysPays:
 
 
 PAYS = Settings(cost=AlwaysPays())
-REL = 3e-6  # measured 4.4e-7 over 2000 random chains
+REL = 3e-6  # measured 5.1e-7 over 500 random pairs
 
 
 def normal(*shape, seed=0):
@@ -147,7 +147,7 @@ def chains(draw):
 def check_random(before):
     after, result = apply(FuseGemmChain(PAYS), before)
     assert result.rewrites >= 1 and len([op for op in ops(after) if op != "Add"]) == 1
-    assert_equivalent(before, after, rel=REL * 30)  # cancellation in few terms: measured 2.9e-5 of max|y| at worst
+    assert_equivalent(before, after, rel=9e-5)  # cancellation in few terms: measured 1.2e-5 at worst of 1000, 1.1e-6 in 99 of 100
 
 
 @settings(max_examples=40, deadline=None)

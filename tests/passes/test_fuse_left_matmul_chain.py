@@ -25,7 +25,7 @@ def test_merges(x, y):
     before = build(f"g (float[{x}] x) => (float[{y}] y) {{ t = MatMul(C, x) y = MatMul(D, t) }}")
     after, result = apply(FuseLeftMatMulChain(), before)
     assert result.rewrites == 1 and ops(after) == ["MatMul"]
-    assert_equivalent(before, after, rel=3e-6)  # measured 3.2e-7
+    assert_equivalent(before, after, rel=3e-6)  # measured 4.6e-7
 
 
 @pytest.mark.parametrize(

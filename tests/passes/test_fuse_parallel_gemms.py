@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnxcompress.passes.fuse_parallel_gemms import FuseParallelGemms
 from onnxcompress.testing import apply, assert_equivalent, model, ops
 
-REL = 3e-6  # measured 3.6e-7
+REL = 2.5e-6  # measured 2.6e-7
 
 
 def normal(*shape, seed=0):
@@ -99,4 +99,4 @@ def test_random_sums(seed, axes, width, products, subtract):
         assert (
             result.rewrites == 1 and "MatMul" in {*ops(after), "MatMul" if axes == 2 else ""} and len(ops(after)) <= 2
         )
-    assert_equivalent(before, after, rel=REL * 10)  # cancellation between few terms: measured 9e-6
+    assert_equivalent(before, after, rel=1e-5)  # cancellation between few terms: measured 1.4e-6 at worst of 1500
