@@ -44,6 +44,8 @@ class FuseReshapeChain(SizesPass[Site]):
         source, output = first.inputs[0], node.outputs[0]
         sizes = self.sizes(graph)
         before, after = entry_shape(sizes, first), sizes.dims(output)
+        if node.op == "Reshape" and copies_when_empty(sizes, node):
+            return Miss(node.name, "a computed size of the target may be 0, and then copies another size")
         if before is not None and before == after:
             reason = graph.why_not_bypass(output, source)
             if reason is None:
@@ -109,6 +111,20 @@ def is_absolute(sizes: Sizes, node: Node) -> bool:
     if node.attrs.get("allowzero", 0):
         return True
     return target is not None and all(size.known == -1 or sizes.is_positive(size) for size in target.items)
+
+
+def copies_when_empty(sizes: Sizes, node: Node) -> bool:
+    """Whether a computed size in a Reshape's target may be 0 and then stand for another size of its input."""
+    target = sizes.values(optional_input(node, 1))
+    if node.attrs.get("allowzero", 0) or target is None:
+        return False
+    given = sizes.dims(node.inputs[0])
+    return any(
+        size.known is None
+        and not sizes.is_positive(size)
+        and (given is None or axis >= len(given) or given[axis] != size)
+        for axis, size in enumerate(target.items)
+    )
 
 
 def joined_axes(first: Node, second: Node) -> list[int] | None:

@@ -169,3 +169,15 @@ def test_random_chains(chain):
     assert len(ops(after)) <= len(ops(before)) - result.rewrites
     for n in (1, 2, 5):
         assert_equivalent(before, after, sizes={"N": n})
+
+
+def test_a_computed_size_that_may_be_zero_copies_another_axis():
+    """[-1, M, 4] for a tensor [1, N, M, 4]: at M = 0 the 0 stands for N."""
+    text = """g (float[N,M,4] x) => (float[a,b,c] y) {
+      t = Unsqueeze(x, first) s = Shape(t) m = Gather(s, two) target = Concat<axis=0>(minus, m, four)
+      y = Reshape(t, target) }"""
+    weights = {"first": np.array([0]), "two": np.array([2]), "minus": np.array([-1]), "four": np.array([4])}
+    before = model(text, **weights)
+    after, _ = apply(FuseReshapeChain(), before)
+    for n, m in ((2, 3), (4, 0), (1, 1)):
+        assert_equivalent(before, after, feeds=[{"x": np.ones((n, m, 4), np.float32)}])
