@@ -99,30 +99,6 @@ def insert_conv(
     return graph.insert("Conv", inputs, outputs, conv_attrs(conv), before=before, name=name)
 
 
-def replace_conv(graph: Graph, node: Node, conv: ConvOp) -> None:
-    """Give an existing Conv node new numbers; its old initializers are left as they are for other readers."""
-    label = node.name or "conv"
-    inputs: list[Tensor] = [node.inputs[0], graph.new_constant(f"{label}.weight", conv.weight)]
-    if conv.bias is not None:
-        inputs.append(graph.new_constant(f"{label}.bias", conv.bias))
-    node.inputs = inputs
-    changed = {name: value for name, value in conv_attrs(conv).items() if _attr_differs(node, name, value, conv)}
-    if changed:
-        node.attrs.pop("auto_pad", None)
-        node.attrs.update(changed)
-    graph.touch(node)
-
-
-def _attr_differs(node: Node, name: str, value: Any, conv: ConvOp) -> bool:
-    axes = conv.spatial_rank
-    default = {"dilations": [1] * axes, "strides": [1] * axes, "pads": [0] * 2 * axes, "group": 1}
-    if name == "kernel_shape":
-        return bool(node.attrs.get(name, value) != value)
-    if name == "pads" and node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", ""):
-        return bool(explicit_pads(node, conv.kernel) != value)
-    return bool(node.attrs.get(name, default[name]) != value)
-
-
 def conv_spec(conv: ConvOp, source: Tensor) -> OperatorSpec:
     """What ``conv`` on ``source`` costs; unknown sizes of ``source`` are replaced by nominal ones."""
     shape, _ = known_shape(source)
@@ -189,34 +165,6 @@ def read_affine(node: Node) -> Affine | str:
         return f"C has shape {list(bias.shape)}, not one value per column"
     row = np.broadcast_to(bias.reshape(-1).astype(np.float64) * beta, (matrix.shape[1],))
     return Affine(scaled, np.ascontiguousarray(row).astype(matrix.dtype))
-
-
-def replace_affine(graph: Graph, node: Node, affine: Affine) -> None:
-    """Give a Gemm node new numbers (transB is kept), or a MatMul a new right operand (``affine.bias`` must be None)."""
-    label = node.name or node.op.lower()
-    if node.op == "MatMul":
-        assert affine.bias is None, "a MatMul has no bias"
-        node.inputs = [node.inputs[0], graph.new_constant(f"{label}.weight", affine.matrix)]
-    else:
-        transposed = bool(node.attrs.get("transB", 0))
-        matrix = np.ascontiguousarray(affine.matrix.T if transposed else affine.matrix)
-        inputs: list[Tensor] = [node.inputs[0], graph.new_constant(f"{label}.weight", matrix)]
-        if affine.bias is not None:
-            inputs.append(graph.new_constant(f"{label}.bias", affine.bias))
-        node.inputs = inputs
-        for name in ("alpha", "beta"):
-            node.attrs.pop(name, None)
-    graph.touch(node)
-
-
-def affine_spec(affine: Affine, source: Tensor, op: str = "MatMul") -> OperatorSpec:
-    """What ``affine`` on ``source`` costs."""
-    shape, _ = known_shape(source)
-    rows = shape[:-1] if shape is not None and len(shape) > 1 else (1,)
-    weights: list[tuple[int, ...]] = [tuple(affine.matrix.shape)]
-    if affine.bias is not None and op == "Gemm":
-        weights.append(tuple(affine.bias.shape))
-    return OperatorSpec(op, (*rows, affine.matrix.shape[0]), tuple(weights), dtype=affine.matrix.dtype.name)
 
 
 # -- per-channel constants -------------------------------------------------------------------------------------------

@@ -33,11 +33,6 @@ class Size:
             return 0
         return self.terms[0][1] if self.terms[-1][0] == () else None
 
-    @property
-    def is_unknown(self) -> bool:
-        """Whether it is one unknown and nothing else."""
-        return len(self.terms) == 1 and len(self.terms[0][0]) == 1 and self.terms[0][1] == 1
-
     def __add__(self, other: Size) -> Size:
         return _collect([*self.terms, *other.terms])
 
