@@ -238,7 +238,7 @@ class _Job:
                     staged = stack.enter_context(StagedFile(graph, self.output or work / "result.onnx"))
                     grown = staged.size_bytes > original_bytes * GROWTH_LIMIT
                 unchanged = not passes.rewrites and not self.reshaped
-                if grown and not unchanged:
+                if grown and passes.rewrites:  # a shape that the user asked for may cost its bytes
                     self._retreat(f"the file would grow from {original_bytes} to {staged.size_bytes} bytes")
                     staged.discard()
                     continue
@@ -252,7 +252,7 @@ class _Job:
                             self._blame(work, comparison)
                         continue
                 latency = None if unchanged else self._latency(staged)
-                if latency is not None and latency.high < SLOWER_LIMIT:
+                if latency is not None and latency.high < SLOWER_LIMIT and passes.rewrites:
                     latency = self._latency(staged, budget_s=4 * self.options.latency_budget_s)
                     if latency is not None and latency.high < SLOWER_LIMIT:
                         self._retreat(f"it would be slower: {latency.original_ms:.3f} -> {latency.result_ms:.3f} ms")
