@@ -410,7 +410,7 @@ def test_an_interrupt_after_the_write_names_what_was_written(folder, monkeypatch
     def interrupted(report):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_print_table", interrupted)
+    monkeypatch.setattr("onnxcompress.cli.optimize._print_table", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.main(["optimize", str(folder / "m.onnx"), "-o", str(folder / "x.onnx"), "--no-latency"])
     assert stop.value.code == 130

@@ -1,0 +1,5 @@
+"""The operators of the twin, by family; each module holds builders and a table ``OPERATORS`` of them."""
+
+from onnxcompress.train.ops.call import Builder, Call, Function, Mode, integers, torch_type
+
+OPERATORS: dict[str, Builder] = {}
