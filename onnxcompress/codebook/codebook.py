@@ -136,7 +136,7 @@ def decode(
     weight = codewords[indices].reshape(len(indices), -1)
     if scales is not None:
         weight = weight * scales.astype(np.float32)[:, None]
-    return weight
+    return np.asarray(weight)
 
 
 def index_type(codewords: int) -> type[np.unsignedinteger]:

@@ -1,0 +1,305 @@
+"""Quantize one layer: where to aim, how much to trust the covariances, fit, and keep what held-out rows like best.
+
+1. target        W_t towards the float net's output, its damping chosen on held-out rows
+2. EM            one codebook, every position under its own metric
+3. damping       one sweep for each candidate; the best on held-out rows
+4. sweep         nearest plane under the full Hessian, then codebook, factors and indices in turn, twice
+5. stored form   codewords and factors rounded, indices once more with the rounded values; bias
+6. fallback      EM's result instead, where it is better on held-out rows
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from onnxcompress.codebook.bgd import cluster_by_activations
+from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, check_quantizable, index_type
+from onnxcompress.codebook.fitting import Clustering, cluster, codeword_norms, nearest, regularized
+from onnxcompress.codebook.objective import Assignment, Objective, damped_objective, from_positions
+from onnxcompress.codebook.refining import descend_indices, refine
+from onnxcompress.codebook.scaling import row_scales, with_stored_values
+from onnxcompress.codebook.sweep import sweep
+from onnxcompress.codebook.target import (
+    by_group,
+    corrected_bias,
+    covariance,
+    float_target,
+    relative_error,
+    second_moment,
+)
+from onnxcompress.errors import QuantizationError
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["sweep", "em", "kmeans", "bgd"]
+DAMPINGS = (0.1, 0.3, 1.0)
+TARGET_DAMPINGS = (0.01, 0.1, 1.0)
+EM_DAMPING = 0.1
+INT8_TOLERANCE = 0.01
+ROUNDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What all stages of one layer share."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None
+    statistics: Statistics | None
+    held_out: Statistics | None
+    choice: Choice
+    seed: int
+    correct_bias: bool
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.statistics is None else len(self.statistics.gram)
+
+    def moments(self) -> np.ndarray:
+        """(groups, D, D): what the error is measured under."""
+        if self.statistics is None:
+            return np.eye(self.weight.shape[1])[None]
+        return covariance(self.statistics) if self.correct_bias else second_moment(self.statistics)
+
+    def stored_bias(self, decoded: np.ndarray) -> np.ndarray | None:
+        if self.statistics is None or not self.correct_bias:
+            return None if self.bias is None else self.bias.astype(np.float32)
+        return corrected_bias(self.weight, self.bias, decoded, self.statistics)
+
+    def errors(self, decoded: np.ndarray) -> tuple[float, float | None]:
+        """Relative error on the fitted and on the held-out rows; on the weight where there are no rows."""
+        bias = self.stored_bias(decoded)
+        if self.statistics is None:
+            size = float(np.linalg.norm(self.weight.astype(np.float64)))
+            lost = float(np.linalg.norm(self.weight.astype(np.float64) - decoded))
+            fitted = lost / size if size > 0 else (0.0 if lost == 0 else float("inf"))
+        else:
+            fitted = relative_error(self.weight, self.bias, decoded, bias, self.statistics)
+        if self.held_out is None:
+            return fitted, None
+        return fitted, relative_error(self.weight, self.bias, decoded, bias, self.held_out)
+
+    def judged(self, decoded: np.ndarray) -> float:
+        """The error that decisions are made by: held-out where there is any."""
+        fitted, held_out = self.errors(decoded)
+        return fitted if held_out is None else held_out
+
+
+def quantize_layer(
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    statistics: Statistics | None,
+    choice: Choice,
+    *,
+    held_out: Statistics | None = None,
+    seed: int,
+    method: Method = "sweep",
+    damping: float | None = None,
+    correct_bias: bool = True,
+    int8_tolerance: float | None = INT8_TOLERANCE,
+) -> QuantizedLayer:
+    """Store a layer's weight as codewords and indices, with the least error of its output.
+
+    Args:
+        weight: (outputs, D) float; groups one after the other, as in a Conv weight.
+        bias: (outputs,) float or None.
+        statistics: Moments of the layer's input rows; None fits the weight itself (H = I).
+        choice: The form to store it in.
+        held_out: Moments of rows to choose damping and method by; None chooses by a rule of rows and D.
+        seed: Same seed, same result.
+        method: "sweep" does everything; "em" stops after the codebook of sub-vectors; "kmeans" and "bgd" are the plain
+            and the published baseline: no target, no factors, bias as it was.
+        damping: Part of the mean diagonal added to the covariance; None chooses.
+        correct_bias: Give a bias that keeps the mean output, also where there was none.
+        int8_tolerance: Store float16 codewords where int8 ones raise the error by more than this part; None: never.
+
+    Returns:
+        The quantized layer.
+
+    Raises:
+        QuantizationError: The weight cannot be stored so; the message says why and what to do.
+    """
+    check_quantizable(weight, choice)
+    if statistics is not None and statistics.gram.shape[1] != weight.shape[1]:
+        raise ValueError(f"statistics of {statistics.gram.shape[1]} inputs, the weight has rows of {weight.shape[1]}")
+    if method in ("kmeans", "bgd"):
+        layer = _Layer(weight, bias, statistics, held_out, replace(choice, scaled=False), seed, correct_bias=False)
+        return _quantize_by_baseline(layer, method)
+    if method not in ("sweep", "em"):
+        raise ValueError(f"method is {method!r}, allowed are 'sweep', 'em', 'kmeans' and 'bgd'")
+    layer = _Layer(weight, bias, statistics, held_out, choice, seed, correct_bias)
+    target = _choose_target(layer)
+    moments = layer.moments()
+    blockwise = damped_objective(target, moments, damping=EM_DAMPING if damping is None else damping)
+    start = _cluster(layer, blockwise)
+    results = [_stored(layer, blockwise, start, "em", int8_tolerance)]
+    if method == "sweep" and why_no_sweep(statistics) is None:
+        objective = _choose_damping(layer, target, moments, start, damping)
+        swept = _sweep_and_refine(layer, objective, start)
+        results.append(_stored(layer, objective, swept, "sweep", int8_tolerance))
+    best = min(reversed(results), key=lambda result: _judged(result))
+    logger.debug("%s: error %.4f, held out %s", best.method, best.error, best.held_out_error)
+    return best
+
+
+def why_no_sweep(statistics: Statistics | None) -> str | None:
+    """The reason that ``quantize_layer`` stops after EM, or None."""
+    if statistics is None:
+        return "there are no input statistics"
+    length = statistics.gram.shape[1]
+    if statistics.rows < length / 8:
+        return f"{statistics.rows} rows are too few for {length} x {length} covariances; at least {-(-length // 8)}"
+    return None
+
+
+def rule_damping(rows: int, length: int) -> float:
+    """Damping without held-out rows: 0.1 where there are 30 rows an input, more with fewer, at most 1."""
+    return float(np.clip(3 * length / rows, 0.05, 1.0))
+
+
+def _judged(result: QuantizedLayer) -> float:
+    return result.error if result.held_out_error is None else result.held_out_error
+
+
+def _choose_target(layer: _Layer) -> np.ndarray:
+    """(outputs, D) float64: the weight to aim at."""
+    statistics = layer.statistics
+    weight = layer.weight.astype(np.float64)
+    if statistics is None or statistics.cross is None:
+        return weight
+    if layer.held_out is None:
+        ridge = rule_damping(statistics.rows, weight.shape[1])
+        return float_target(weight, statistics, damping=ridge, centred=layer.correct_bias)
+    best, least = weight, layer.judged(weight)
+    for ridge in TARGET_DAMPINGS:
+        target = float_target(weight, statistics, damping=ridge, centred=layer.correct_bias)
+        reached = layer.judged(target)
+        if reached < least:
+            best, least = target, reached
+    return best
+
+
+def _cluster(layer: _Layer, objective: Objective) -> Assignment:
+    """EM on the sub-vectors, rows brought to one size where the layer has factors."""
+    choice = layer.choice
+    if choice.scaled:
+        scales = row_scales(objective.target)
+    else:
+        scales = np.ones(objective.target.shape[:2], np.float32)
+    weights = np.repeat(scales**2, objective.target.shape[2] // choice.block, axis=0)
+    found = cluster(
+        objective.vectors(choice.block, scales),
+        objective.positions(choice.block),
+        choice.codewords,
+        seed=layer.seed,
+        weights=weights,
+    )
+    return Assignment(found.codebook, from_positions(found.indices, layer.groups), scales)
+
+
+def _choose_damping(
+    layer: _Layer, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float | None
+) -> Objective:
+    assert layer.statistics is not None
+    if damping is None and layer.held_out is None:
+        damping = rule_damping(layer.statistics.rows, target.shape[1])
+    if damping is not None:
+        return damped_objective(target, moments, damping=damping)
+    tried = []
+    for candidate in DAMPINGS:
+        objective = damped_objective(target, moments, damping=candidate)
+        swept = sweep(objective, start.codebook, start.scales)
+        swept = refine(objective, swept, rounds=1, scaled=layer.choice.scaled)
+        tried.append((layer.judged(_matrix(swept)), candidate, objective))
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+def _sweep_and_refine(layer: _Layer, objective: Objective, start: Assignment) -> Assignment:
+    """Twice: the second sweep starts from a codebook that was fitted to what a sweep leaves."""
+    best, least = start, np.inf
+    current = start
+    for _ in range(2):
+        swept = sweep(objective, current.codebook, current.scales)
+        current = refine(objective, swept, rounds=ROUNDS, scaled=layer.choice.scaled)
+        reached = objective.error(current)
+        if reached < least:
+            best, least = current, reached
+    return best
+
+
+def _stored(
+    layer: _Layer, objective: Objective, assignment: Assignment, method: Method, tolerance: float | None
+) -> QuantizedLayer:
+    """Round to the stored form, falling back from int8 to float16 where it costs too much."""
+    asked = _rounded(layer, objective, assignment, layer.choice, method)
+    if layer.choice.codebook_type == "float16" or tolerance is None:
+        return asked
+    try:
+        finer = _rounded(layer, objective, assignment, replace(layer.choice, codebook_type="float16"), method)
+    except QuantizationError:  # out of float16's range: int8 is what there is
+        return asked
+    return finer if _judged(asked) > (1 + tolerance) * _judged(finer) else asked
+
+
+def _rounded(
+    layer: _Layer, objective: Objective, assignment: Assignment, choice: Choice, method: Method
+) -> QuantizedLayer:
+    rounded, codebook, factors = with_stored_values(assignment, choice.codebook_type)
+    if method == "sweep":
+        again = descend_indices(objective, rounded)
+        if objective.error(again) < objective.error(rounded):
+            rounded = again
+    else:
+        rounded = replace(rounded, indices=_nearest_blockwise(objective, rounded))
+    scales = rounded.scales.reshape(-1).astype(np.float16) if choice.scaled else None
+    return _result(layer, choice, codebook, factors, rounded.indices, scales, method)
+
+
+def _nearest_blockwise(objective: Objective, assignment: Assignment) -> np.ndarray:
+    """(groups, rows, D / d) intp: each sub-vector's nearest codeword under the metric of its position."""
+    block = assignment.codebook.shape[1]
+    metrics = regularized(objective.positions(block))
+    projected = objective.vectors(block, assignment.scales) @ metrics
+    indices, _ = nearest(projected, codeword_norms(metrics, assignment.codebook), assignment.codebook)
+    return from_positions(indices, len(objective.hessian))
+
+
+def _quantize_by_baseline(layer: _Layer, method: Method) -> QuantizedLayer:
+    choice = layer.choice
+    objective = Objective(by_group(layer.weight, layer.groups).astype(np.float32), layer.moments())
+    ones = np.ones(objective.target.shape[:2], np.float32)
+    vectors = objective.vectors(choice.block, ones)
+    metrics = objective.positions(choice.block)
+    found: Clustering
+    if method == "bgd":
+        found = cluster_by_activations(vectors, metrics, choice.codewords, seed=layer.seed)
+    else:
+        identity = np.broadcast_to(np.eye(choice.block), metrics.shape).copy()
+        found = cluster(vectors, identity, choice.codewords, seed=layer.seed)
+    assignment = Assignment(found.codebook, from_positions(found.indices, layer.groups), ones)
+    rounded, codebook, factors = with_stored_values(assignment, choice.codebook_type)
+    return _result(layer, choice, codebook, factors, rounded.indices, None, method)
+
+
+def _result(
+    layer: _Layer,
+    choice: Choice,
+    codebook: np.ndarray,
+    factors: np.ndarray | None,
+    indices: np.ndarray,
+    scales: np.ndarray | None,
+    method: Method,
+) -> QuantizedLayer:
+    flat = indices.reshape(len(layer.weight), -1).astype(index_type(choice.codewords))
+    result = QuantizedLayer(choice, codebook, factors, flat, scales, None, 0.0, None, method)
+    decoded = result.decode()
+    error, held_out_error = layer.errors(decoded)
+    return replace(result, bias=layer.stored_bias(decoded), error=error, held_out_error=held_out_error)
+
+
+def _matrix(assignment: Assignment) -> np.ndarray:
+    """(outputs, D) float32."""
+    weight = assignment.weight()
+    return np.asarray(weight.reshape(-1, weight.shape[2]))

@@ -1,0 +1,128 @@
+"""Where a layer's weight should go: towards the output of the float net, on the input that the quantized net gives.
+
+    covariances   C = E[x_q x_q'] - m_q m_q',    X = E[x_q x_f'] - m_q m_f'
+    target        W_t = W + W (X - C)' (C + lambda I)^-1
+    bias          b' = b + W m_f - W_q m_q
+
+W_t is the ridge regression of the float output on x_q, pulled towards W instead of 0. With that bias the output error
+has mean zero, so that what is left to minimize is  tr((W_t - W_q) C (W_t - W_q)') : the covariance, not the second
+moment.
+"""
+
+import numpy as np
+
+from onnxcompress.codebook.codebook import Statistics
+
+
+def by_group(weight: np.ndarray, groups: int) -> np.ndarray:
+    """(outputs, D) as (groups, outputs / group, D)."""
+    outputs, length = weight.shape
+    if outputs % groups:
+        raise ValueError(f"{outputs} outputs cannot be split into {groups} groups")
+    return weight.reshape(groups, outputs // groups, length)
+
+
+def covariance(statistics: Statistics) -> np.ndarray:
+    """(groups, D, D) float64: covariance of x_q, symmetric."""
+    centred = statistics.gram / statistics.rows - statistics.mean[:, :, None] * statistics.mean[:, None, :]
+    return np.asarray((centred + centred.transpose(0, 2, 1)) / 2)
+
+
+def second_moment(statistics: Statistics) -> np.ndarray:
+    """(groups, D, D) float64: E[x_q x_q'], symmetric."""
+    return np.asarray((statistics.gram + statistics.gram.transpose(0, 2, 1)) / (2 * statistics.rows))
+
+
+def float_target(weight: np.ndarray, statistics: Statistics, *, damping: float, centred: bool = True) -> np.ndarray:
+    """The weight that comes nearest to the float output on the quantized net's input.
+
+    Args:
+        weight: (outputs, D).
+        statistics: Moments of both inputs.
+        damping: lambda as a part of the mean diagonal of C.
+        centred: The bias takes the means up.
+
+    Returns:
+        (outputs, D) float64; ``weight`` itself where the statistics have no cross term.
+    """
+    weight = weight.astype(np.float64)
+    if statistics.cross is None or statistics.float_mean is None:
+        return weight
+    groups, length = statistics.mean.shape
+    own = covariance(statistics) if centred else second_moment(statistics)
+    cross = statistics.cross / statistics.rows
+    if centred:
+        cross = cross - statistics.mean[:, :, None] * statistics.float_mean[:, None, :]
+    mean_diagonal = np.einsum("gdd->g", own) / length
+    ridge = np.maximum(damping * mean_diagonal, np.finfo(np.float64).tiny)
+    rows = by_group(weight, groups)
+    wanted = (cross - own) @ rows.transpose(0, 2, 1)  # (groups, D, outputs / group)
+    shift = np.linalg.solve(own + ridge[:, None, None] * np.eye(length), wanted)
+    return np.asarray((rows + shift.transpose(0, 2, 1)).reshape(weight.shape))
+
+
+def corrected_bias(
+    weight: np.ndarray, bias: np.ndarray | None, decoded: np.ndarray, statistics: Statistics
+) -> np.ndarray:
+    """(outputs,) float32: the bias that gives the quantized layer the float layer's mean output."""
+    groups = len(statistics.mean)
+    float_mean = statistics.mean if statistics.float_mean is None else statistics.float_mean
+    wanted = np.einsum("god,gd->go", by_group(weight.astype(np.float64), groups), float_mean)
+    given = np.einsum("god,gd->go", by_group(decoded.astype(np.float64), groups), statistics.mean)
+    shift = (wanted - given).reshape(-1)
+    return np.asarray(shift if bias is None else bias.astype(np.float64) + shift, np.float32)
+
+
+def relative_error(
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    decoded: np.ndarray,
+    quantized_bias: np.ndarray | None,
+    statistics: Statistics,
+) -> float:
+    """||Y_f - Y_q||_F / ||Y_f - mean(Y_f)||_F over all rows and outputs, from the moments alone.
+
+    The numerator keeps a wrong mean in; the denominator is the float output's deviation from its own mean, so that an
+    error of 1 says: as bad as a constant. An output that is constant has infinite error unless it is met exactly.
+
+    Args:
+        weight: (outputs, D) of the float net.
+        bias: (outputs,) of the float net or None.
+        decoded: (outputs, D) of the quantized net.
+        quantized_bias: (outputs,) of the quantized net or None.
+        statistics: Moments of the inputs of both.
+    """
+    groups = len(statistics.mean)
+    rows = statistics.rows
+    float_mean = statistics.mean if statistics.float_mean is None else statistics.float_mean
+    own = covariance(statistics)
+    original = by_group(weight.astype(np.float64), groups)
+    stored = by_group(decoded.astype(np.float64), groups)
+    bias_shift = np.zeros(len(weight))
+    for value, sign in ((bias, 1.0), (quantized_bias, -1.0)):
+        if value is not None:
+            bias_shift = bias_shift + sign * value.astype(np.float64)
+    mean_error = (
+        np.einsum("god,gd->go", original, float_mean) - np.einsum("god,gd->go", stored, statistics.mean)
+    ).reshape(-1) + bias_shift
+    if statistics.cross is None or statistics.float_gram is None:
+        deviation = energy(original - stored, own)
+        spread = energy(original, own)
+    else:
+        cross = statistics.cross / rows - statistics.mean[:, :, None] * float_mean[:, None, :]
+        float_own = statistics.float_gram / rows - float_mean[:, :, None] * float_mean[:, None, :]
+        spread = energy(original, float_own)
+        # x_f and x_q are near each other: the square is taken apart around x_q, which cancels less than around 0
+        difference = original - stored
+        mixed = float(np.einsum("god,god->", difference @ (cross - own), original))
+        moved = energy(original, float_own - cross - cross.transpose(0, 2, 1) + own)
+        deviation = energy(difference, own) + 2 * mixed + moved
+    total = max(deviation, 0.0) + float(mean_error @ mean_error)
+    if spread <= 0:
+        return 0.0 if total == 0 else float("inf")
+    return float(np.sqrt(total / spread))
+
+
+def energy(rows: np.ndarray, matrix: np.ndarray) -> float:
+    """sum over groups of tr(E C E'), in float64."""
+    return float(np.einsum("god,god->", rows @ matrix, rows))
