@@ -126,13 +126,17 @@ def _release(graph: Graph, held: Sequence[str]) -> None:
 
 
 def _drop_zero_biases(graph: Graph, parameters: set[str]) -> None:
-    """Dynamo gives every Conv a bias; one that the module does not have is a constant of zeros."""
+    """Dynamo gives every Conv a bias; one that the module does not have is zeros, or zeros expanded."""
     for inner in graph.walk():
-        for node in inner.nodes:
-            if is_op(node, "Conv", "ConvTranspose") and len(node.inputs) == 3:
-                bias = node.inputs[2]
-                if isinstance(bias, Constant) and bias.name not in parameters and not np.any(bias.values):
-                    node.inputs = node.inputs[:2]
+        for node in list(inner.nodes):
+            if not (is_op(node, "Conv", "ConvTranspose") and len(node.inputs) == 3):
+                continue
+            maker = inner.producer(node.inputs[2])
+            zeros = maker.inputs[0] if is_op(maker, "Expand") and maker is not None else node.inputs[2]
+            if isinstance(zeros, Constant) and zeros.name not in parameters and not np.any(zeros.values):
+                node.inputs = node.inputs[:2]
+                if maker is not None and not any(t.outputs or inner.is_output(t) for t in maker.outputs):
+                    inner.remove(maker)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
