@@ -1,4 +1,4 @@
-"""The trained reference files: interface, structure, accuracy, and that they are their architectures with these weights."""
+"""The trained reference files: interface, structure, accuracy, and that each is its architecture with these weights."""
 
 from __future__ import annotations
 
