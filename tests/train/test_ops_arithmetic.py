@@ -6,22 +6,26 @@ compared with finite differences in float64.
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcompress import testing
-from onnxcompress.errors import ModelError
+from onnxcompress.errors import DataError, ModelError
 from onnxcompress.testing import graph_of
 
 torch = pytest.importorskip("torch")
 
-from onnxcompress.train.ops import activations, elementwise, linear, pooling  # noqa: E402
+from onnxcompress.train.ops import activations, elementwise, linear, normalization, pooling, reduction  # noqa: E402
 from onnxcompress.train.ops.call import Call, Mode, torch_type  # noqa: E402
 
-MODULES = (elementwise, activations, linear, pooling)
+MODULES = (elementwise, activations, linear, pooling, normalization, reduction)
 OPERATORS = {name: builder for module in MODULES for name, builder in module.OPERATORS.items()}
 UNSUPPORTED = {torch.uint16, torch.uint32, torch.uint64}  # torch computes almost nothing with them
 HALF = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
@@ -423,6 +427,91 @@ def test_gradient_of_products():
     assert torch.equal(operator("Gemm", 2, transA=1)(integers, integers), integers.t() @ integers)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 3, 2), (2, 3, 2, 2), (2, 3, 1, 2, 2)])
+def test_gradient_of_batch_normalization(training, shape):
+    parameters = [values((3,), seed, 0.5, 2.0) for seed in (35, 36, 37, 38)]
+    which = [0, 1, 2] if training else None
+    mode = Mode(batch_statistics=training)
+    check_gradient("BatchNormalization", [values(shape, 34), *parameters], mode=mode, which=which)
+    if training:
+        old = {"opset": 7, "spatial": 0, "mode": mode, "which": which}
+        parameters = [values(shape[1:], seed, 0.5, 2.0) for seed in (35, 36, 37, 38)]
+        check_gradient("BatchNormalization", [values((4, *shape[1:]), 34), *parameters], **old)
+        check_gradient("BatchNormalization", [values((4, *shape[1:]), 34), *parameters], **{**old, "mode": None})
+
+
+def test_gradient_of_the_training_form_of_batch_normalization():
+    inputs = [values((3, 2, 2), 39), *(values((2,), seed, 0.5, 2.0) for seed in (40, 41, 42, 43))]
+    check_gradient("BatchNormalization", inputs, training_mode=1, outputs=3)
+    check_gradient("BatchNormalization", inputs, training_mode=1, which=[0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "attributes"),
+    [
+        ("LayerNormalization", [(2, 3, 4), (4,), (4,)], {}),
+        ("LayerNormalization", [(2, 3, 4), (3, 4), (3, 4)], {"axis": 1, "outputs": 3}),
+        ("LayerNormalization", [(2, 3, 4), (1,), (3, 1)], {"axis": -2}),
+        ("LayerNormalization", [(2, 3, 4), (4,)], {}),
+        ("RMSNormalization", [(2, 3, 4), (4,)], {}),
+        ("RMSNormalization", [(2, 3, 4), (3, 1)], {"axis": 1}),
+        ("InstanceNormalization", [(2, 3, 2, 2), (3,), (3,)], {}),
+        ("GroupNormalization", [(2, 4, 3), (4,), (4,)], {"num_groups": 2, "opset": 21}),
+        ("GroupNormalization", [(2, 4, 3), (2,), (2,)], {"num_groups": 2, "opset": 18}),
+        ("LpNormalization", [(2, 3)], {}),
+        ("LpNormalization", [(2, 3)], {"p": 1, "axis": 0}),
+        ("MeanVarianceNormalization", [(2, 2, 2, 2)], {}),
+        ("MeanVarianceNormalization", [(2, 3)], {"axes": [1]}),
+        ("LRN", [(1, 5, 2, 2)], {"size": 3, "alpha": 0.3}),
+        ("LRN", [(1, 5, 2)], {"size": 2, "alpha": 0.3, "beta": 0.5, "bias": 2.0}),
+    ],
+)
+def test_gradient_of_normalizations(op, shapes, attributes):
+    check_gradient(op, [values(shape, 44 + i) for i, shape in enumerate(shapes)], **attributes)
+
+
+REDUCTIONS = [name for name in reduction.OPERATORS if name.startswith("Reduce")]
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_gradient_of_reductions(op):
+    x = values((2, 3, 2), 50, *((0.2, 3.0) if op == "ReduceLogSum" else (-2.0, 2.0)))
+    for axes in ([0], [1, -1], None):
+        old = {} if axes is None else {"axes": axes}
+        check_gradient(op, [x], opset=11, keepdims=0, **old)
+        indices = None if axes is None else torch.tensor(axes)
+        check_gradient(op, [x, indices], opset=18)
+        check_gradient(op, [x, indices], opset=18, constants={} if axes is None else {1: indices}, keepdims=0)
+    check_gradient(op, [x.abs()], opset=18, noop_with_empty_axes=1)
+    check_gradient(op, [x[0, 0, 0].abs()], opset=18)
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+def test_reduction_of_integers_keeps_their_type(op):
+    x = torch.tensor([[1, 2], [3, 5]], dtype=torch.int32)
+    y = operator(op, 1, opset=18)(x)
+    assert y.dtype == torch.int32 and y.shape == (1, 1)
+    assert operator(op, 1, opset=18)(x[0, 0]).item() in (0, 1)
+
+
+@pytest.mark.parametrize("op", ["CumSum", "CumProd"])
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize("reverse", [0, 1])
+def test_gradient_of_cumulative(op, exclusive, reverse):
+    axis = torch.tensor(1)
+    for constants in ({}, {1: axis}):
+        x = values((2, 3, 2), 51)
+        check_gradient(op, [x, axis], constants=constants, exclusive=exclusive, reverse=reverse)
+
+
+def test_gradient_of_top_k():
+    x, k = values((3, 5), 52), torch.tensor([2])
+    check_gradient("TopK", [x], opset=9, k=2, outputs=2)
+    check_gradient("TopK", [x, k], outputs=2)
+    check_gradient("TopK", [x, k], outputs=2, constants={1: k}, largest=0, axis=0)
+
+
 # --- what the node tests do not say -------------------------------------------------------------------------------
 
 
@@ -471,3 +560,94 @@ def test_unknown_form_is_refused():
         operator("Conv", 2, kernel_shape=[1, 1, 1, 1])
     with pytest.raises(ModelError, match="auto_pad with dilations"):
         operator("MaxPool", 1, kernel_shape=[2], dilations=[2], auto_pad="SAME_UPPER")
+
+
+def batch_norm_inputs(dtype=torch.float64):
+    rng = np.random.default_rng(60)
+    x = torch.tensor(rng.normal(3.0, 2.0, size=(8, 3, 2, 2)), dtype=dtype)
+    return [x, *(torch.tensor(rng.uniform(0.5, 2.0, size=3), dtype=dtype) for _ in range(4))]
+
+
+@pytest.mark.parametrize("opset", [6, 7, 9, 14, 15])
+def test_batch_statistics_move_the_running_ones_as_torch_does(opset):
+    x, scale, bias, mean, var = batch_norm_inputs()
+    module = torch.nn.BatchNorm2d(3, eps=1e-3, momentum=0.2).double()
+    module.load_state_dict({"weight": scale, "bias": bias, "running_mean": mean, "running_var": var}, strict=False)
+    mode = Mode()
+    run = operator("BatchNormalization", 5, opset=opset, epsilon=1e-3, momentum=0.8, mode=mode)
+    before = mean.clone()
+    assert torch.equal(run(x, scale, bias, mean, var), module.eval()(x)) and torch.equal(mean, before)
+    mode.batch_statistics = True
+    torch.testing.assert_close(run(x, scale, bias, mean, var), module.train()(x), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(mean, module.running_mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(var, module.running_var, rtol=1e-14, atol=0)  # the unbiased variance
+
+
+def test_batch_statistics_of_one_value_are_refused():
+    run = operator("BatchNormalization", 5, mode=Mode(batch_statistics=True))
+    with pytest.raises(DataError, match=r"'node': a batch of shape \[1, 3, 1, 1\] has 1 value per channel"):
+        run(torch.ones(1, 3, 1, 1), *torch.ones(4, 3).unbind())
+    with pytest.raises(ModelError, match="without training_mode"):
+        operator("BatchNormalization", 5, opset=9, outputs=5)
+    operator("BatchNormalization", 5, opset=9, outputs=(True, False, False, False, False))
+
+
+PROCESS = """
+import sys
+import numpy as np
+import torch
+import torch.distributed as dist
+from onnxcompress.train.ops import OPERATORS, Call, Mode
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+data = {name: torch.tensor(array) for name, array in np.load(f"{folder}/inputs.npz").items()}
+rows = slice(0, 3) if rank == 0 else slice(3, 8)
+x, scale, bias = (data[name].requires_grad_() for name in ("x", "scale", "bias"))
+mean, var = data["mean"], data["var"]
+results = {}
+for training_mode in (0, 1):
+    outputs = (True,) * 3 if training_mode else (True,)
+    call = Call("BatchNormalization", "b", {"training_mode": training_mode, "epsilon": 1e-3, "momentum": 0.8}, 15,
+                (True,) * 5, outputs, mode=Mode(batch_statistics=True, synchronize=True))
+    y = OPERATORS["BatchNormalization"](call)(x[rows], scale, bias, mean, var)
+    y, *running = y if training_mode else (y, mean, var)
+    found = torch.autograd.grad((y * data["weights"][rows]).sum(), [x, scale, bias])
+    results |= {f"{name}{training_mode}": value.detach().numpy().copy() for name, value in
+                zip(["y", "mean", "var", "x", "scale", "bias"], [y, *running, *found])}
+np.savez(f"{folder}/{rank}.npz", **results)
+dist.destroy_process_group()
+"""
+
+
+def test_synchronized_statistics_are_those_of_one_process_with_the_whole_batch(tmp_path):
+    names = ["x", "scale", "bias", "mean", "var"]
+    inputs = dict(zip(names, batch_norm_inputs(), strict=True))
+    weights = torch.tensor(np.random.default_rng(61).normal(size=(8, 3, 2, 2)))
+    np.savez(tmp_path / "inputs.npz", weights=weights, **inputs)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", PROCESS]
+    children = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in (0, 1)]
+    assert [child.wait(timeout=60) for child in children] == [0, 0]
+    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
+    leaves = [inputs[name].requires_grad_() for name in ("x", "scale", "bias")]
+    for form in (0, 1):
+        attributes = {"training_mode": form, "epsilon": 1e-3, "momentum": 0.8, "opset": 15, "outputs": 3 if form else 1}
+        run = operator("BatchNormalization", 5, mode=Mode(batch_statistics=True), **attributes)
+        y = run(*inputs.values())
+        y, *running = y if form else (y, inputs["mean"], inputs["var"])
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+        close(np.concatenate([first[f"y{form}"], second[f"y{form}"]]), y.detach())
+        for name, wanted in zip(("mean", "var"), running, strict=True):
+            close(first[f"{name}{form}"], wanted.detach())
+            close(second[f"{name}{form}"], wanted.detach())
+        for name, wanted in zip(names, torch.autograd.grad((y * weights).sum(), leaves), strict=False):
+            close(first[f"{name}{form}"] + second[f"{name}{form}"], wanted)
+
+
+def test_equal_values_rank_by_their_index():
+    x = torch.tensor([[1, 3, 3, 2, 3]])
+    assert operator("TopK", 2, outputs=2)(x, torch.tensor([3]))[1].tolist() == [[1, 2, 4]]
+    assert operator("ArgMax", 1, axis=1)(x).tolist() == [[1]]
+    assert operator("ArgMax", 1, axis=1, select_last_index=1, keepdims=0)(x).tolist() == [4]

@@ -1,6 +1,15 @@
 """The operators of the twin, by family; each module holds builders and a table ``OPERATORS`` of them."""
 
-from onnxcompress.train.ops import activations, elementwise, indexing, linear, pooling, shaping
+from onnxcompress.train.ops import (
+    activations,
+    elementwise,
+    indexing,
+    linear,
+    normalization,
+    pooling,
+    reduction,
+    shaping,
+)
 from onnxcompress.train.ops.call import Builder, Call, Function, Mode, integers, torch_type
 
 OPERATORS: dict[str, Builder] = {
@@ -8,6 +17,8 @@ OPERATORS: dict[str, Builder] = {
     **activations.OPERATORS,
     **linear.OPERATORS,
     **pooling.OPERATORS,
+    **normalization.OPERATORS,
+    **reduction.OPERATORS,
     **shaping.OPERATORS,
     **indexing.OPERATORS,
 }
