@@ -65,7 +65,13 @@ def flat_forward(module: nn.Module, names: Sequence[str]) -> Iterator[list[str]]
         value = original(**dict(zip(names, tensors, strict=True))) if by_name else original(*tensors)
         pairs = flatten(value)
         returned[:] = [name for name, _ in pairs]
-        return tuple(tensor for _, tensor in pairs)
+        # An output of its own for a tensor that comes twice, is an input or a parameter: dynamo mixes up their names.
+        seen = {id(tensor) for tensor in (*tensors, *module.parameters(), *module.buffers())}
+        outputs = []
+        for _, tensor in pairs:
+            outputs.append(tensor.clone() if id(tensor) in seen else tensor)
+            seen.add(id(tensor))
+        return tuple(outputs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     places = [re.sub(r"\W", "_", name) for name in names]

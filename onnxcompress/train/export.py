@@ -123,7 +123,7 @@ def export_module(
         stack.enter_context(untouched(module))
         calls.run(stack.enter_context(flat_forward(module, calls.inputs)), output_names)
         folder = stack.enter_context(_folder_beside(path))
-        for line in write_model(
+        traced = write_model(
             module,
             calls.feeds[0],
             folder / "draft.onnx",
@@ -132,7 +132,8 @@ def export_module(
             input_names=calls.inputs,
             output_names=calls.outputs,
             batched=calls.batched,
-        ):
+        )
+        for line in traced:
             logger.info("traced: %s", line)
         proto = read_proto(folder / "draft.onnx")
         calls.declare(proto)
@@ -144,7 +145,8 @@ def export_module(
         staged = stack.enter_context(StagedFile(graph, path))
         comparison = calls.compare(staged.path, own, tolerance)
         if not comparison.equivalent:
-            raise EquivalenceError(f"{path} is not written, it differs from torch: {comparison.message()}")
+            hint = "" if calls.repeats() else "; called twice, the module itself gives different outputs"
+            raise EquivalenceError(f"{path} is not written, it differs from torch: {comparison.message()}{hint}")
         size_bytes = staged.size_bytes
         staged.commit()
     return Exported(
@@ -160,8 +162,15 @@ def export_module(
         external_data=staged.data_path is not None,
         feeds=len(calls.feeds),
         batch_sizes=tuple(calls.sizes),
-        notes=tuple(calls.notes),
+        notes=(*calls.notes, *_tracing_note(traced)),
     )
+
+
+def _tracing_note(warnings: Sequence[str]) -> list[str]:
+    if not warnings:
+        return []
+    more = f", and {len(warnings) - 1} more (-v shows them)" if len(warnings) > 1 else ""
+    return [f"tracing took for constant what may depend on the input: {warnings[0]}{more}"]
 
 
 @contextlib.contextmanager

@@ -144,40 +144,67 @@ def _drop_zero_biases(graph: Graph, parameters: set[str]) -> None:
 
 def module_paths(graph: GraphProto, modules: Sequence[str]) -> dict[str, str]:
     """Per node name the module whose forward made it, as in ``named_modules``: "" for the outermost."""
-    known = Modules(modules)
-    return {node.name: _path_of(node, known) for inner in _graphs(graph) for node in inner.node if node.name}
+    nodes = [node for inner in _graphs(graph) for node in inner.node if node.name]
+    found = Modules(modules)
+    for node in nodes:
+        for name in node.input:
+            found.learn(_scopes(node), name.rpartition(".")[0])
+    return {node.name: _dynamo_path(node, found.names) or found.path(_scopes(node)) for node in nodes}
 
 
-def _path_of(node: NodeProto, modules: Modules) -> str:
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), None)
-    if scopes is not None:
-        named: list[str] = ast.literal_eval(scopes)
-        return next((name for name in reversed(named[:-1]) if name in modules.names), "")
-    return modules.path(node.name.split("/")[1:-1]) if node.name.startswith("/") else ""
+def _scopes(node: NodeProto) -> tuple[str, ...]:
+    return tuple(node.name.split("/")[1:-1]) if node.name.startswith("/") else ()
+
+
+def _dynamo_path(node: NodeProto, modules: set[str]) -> str:
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+    named: list[str] = ast.literal_eval(scopes)
+    return next((name for name in reversed(named[:-1]) if name in modules), "")
 
 
 class Modules:
     """Finds modules by the shortened names that TorchScript scopes have.
 
     A scope is named by the module's last attribute with the numbers behind it: of ``features.2.large.0`` it keeps
-    ``large.0``. A module that runs again gets ``_1``, ``_2`` behind it.
+    ``large.0``. A module that runs again gets ``_1``, ``_2`` behind it. What is left out where a ModuleList or a
+    ModuleDict holds the module is learned from the parameters that are read there.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = set(names)
         self.by_scope: dict[str, list[str]] = {}
         for name in names:
-            match = re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)
-            self.by_scope.setdefault(match[0] if match else name, []).append(name)
+            self.by_scope.setdefault(_scope_name(name), []).append(name)
+        self.learned: dict[tuple[str, ...], str] = {}
 
-    def path(self, scopes: Sequence[str]) -> str:
-        found = ""
-        for scope in scopes:
-            candidates = self.by_scope.get(scope) or self.by_scope.get(re.sub(r"_\d+$", "", scope), [])
-            inside = [name for name in candidates if not found or name.startswith(found + ".")]
+    def learn(self, scopes: tuple[str, ...], module: str) -> None:
+        """A node inside ``scopes`` reads a parameter of ``module``."""
+        while scopes and module in self.candidates(scopes[-1]):
+            self.learned.setdefault(scopes, module)
+            scopes = scopes[:-1]
+            around = module.split(".")[:-1]
+            while around and scopes and ".".join(around) not in self.candidates(scopes[-1]):
+                around.pop()
+            module = ".".join(around)
+
+    def candidates(self, scope: str) -> list[str]:
+        return self.by_scope.get(scope) or self.by_scope.get(re.sub(r"_\d+$", "", scope), [])
+
+    def path(self, scopes: tuple[str, ...]) -> str:
+        if not scopes:
+            return ""
+        if scopes not in self.learned:
+            outer, candidates = self.path(scopes[:-1]), self.candidates(scopes[-1])
+            inside = [name for name in candidates if not outer or name.startswith(outer + ".")]
             # A module may be called by another than the one that holds it.
-            found = min(inside or candidates, key=lambda name: (name.count("."), name), default=found)
-        return found
+            choice = min(inside or candidates, key=lambda name: (name.count("."), name), default=outer)
+            self.learned[scopes] = choice
+        return self.learned[scopes]
+
+
+def _scope_name(module: str) -> str:
+    found = re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", module)
+    return found[0] if found else module
 
 
 def _rename(graph: Graph, paths: Mapping[str, str], parameters: set[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from onnxcompress.errors import ModelError, OutputError, RecipeError
-
-logger = logging.getLogger(__name__)
 
 OPSETS = {"torchscript": 17, "dynamo": 18}  # by default; dynamo writes nothing older
 OTHER = {"torchscript": "dynamo", "dynamo": "torchscript"}
@@ -82,7 +82,7 @@ def write_model(
         OutputError: The disk is full.
     """
     write = _write_torchscript if exporter == "torchscript" else _write_dynamo
-    with quiet() as caught:
+    with quiet() as caught, _silent_native_code(), _plain_attention():
         try:
             write(module, tuple(arguments), path, opset, list(input_names), list(output_names), batched)
         except ImportError as error:
@@ -94,7 +94,7 @@ def write_model(
         except Exception as error:  # whatever torch or the module's own code may raise
             raise ModelError(_failure(module, exporter, error)) from error
     traced = [w for w in caught if issubclass(w.category, torch.jit.TracerWarning)]
-    return list(dict.fromkeys(f"{w.filename}:{w.lineno}: {_short(str(w.message))}" for w in traced))
+    return list(dict.fromkeys(f"{w.filename}:{w.lineno}: {_short(str(w.message).split('. ')[0])}" for w in traced))
 
 
 def _write_torchscript(
@@ -164,6 +164,36 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
             yield caught
         finally:
             logging.disable(before)
+
+
+@contextlib.contextmanager
+def _silent_native_code() -> Iterator[None]:
+    """Send what C++ prints on a failure, the whole graph, to nowhere. For the whole process, so for short."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept: dict[int, int] = {}
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            for number in (1, 2):
+                with contextlib.suppress(OSError):  # closed: nothing can be said there
+                    kept[number] = os.dup(number)
+                    os.dup2(nowhere.fileno(), number)
+            yield
+    finally:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Switch off the fused inference path of torch's attention layers: TorchScript has no ONNX form of it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _failure(module: nn.Module, exporter: str, error: BaseException) -> str:

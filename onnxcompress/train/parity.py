@@ -177,6 +177,13 @@ class Calls:
             judged.append(replace(one, allowed=0.0 if one.mismatches else max(tolerance, one.ulp)))
         return Comparison(judged, tolerance, len(feeds))
 
+    def repeats(self) -> bool:
+        """Whether the module gives for the example what it gave before."""
+        with quiet():
+            again = self.module(*self.feeds[0])
+        pairs = zip(self.results[0], again, strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in pairs)
+
 
 def _draw(tensor: Tensor, size: int | None, generator: torch.Generator) -> Tensor:
     shape = list(tensor.shape)
