@@ -415,7 +415,7 @@ def test_gradient_of_a_root_is_0_at_0():
 
 def test_gradient_of_products():
     a, b = values((3, 4), 26), values((4, 2), 27)
-    for shape in [(2,), (1, 2), (3, 1), (3, 2), ()]:
+    for shape in [(2,), (1,), (1, 2), (3, 1), (3, 2), ()]:
         check_gradient("Gemm", [a, b.t(), values(shape, 28)], transB=1)
         check_gradient("Gemm", [a.t(), b, values(shape, 28)], transA=1, alpha=0.7, beta=1.5)
     check_gradient("Gemm", [a, b], alpha=2.0)
@@ -553,6 +553,23 @@ def test_cast_to_half_precision_keeps_the_type_of_the_twin():
         operator("Cast", 1, to=TensorProto.STRING)
 
 
+def test_shape_arithmetic_on_the_cpu_meets_activations_elsewhere():
+    x, size = torch.ones(2, 3, device="meta"), torch.tensor([4.0])
+    for op in ("Add", "Div", "Pow", "Max", "Mean", "Less"):
+        assert operator(op, 2)(x, size).device == operator(op, 2)(size, x).device == x.device
+    assert operator("Where", 3)(torch.tensor([True]), x, size).device == x.device
+    assert operator("Clip", 3)(x, size[0], None).device == x.device
+
+
+def test_average_pool_trains_after_a_run_in_inference_mode():
+    run = operator("AveragePool", 1, kernel_shape=[2], pads=[1, 0])
+    x = values((1, 1, 4), 53).requires_grad_()
+    with torch.inference_mode():
+        run(x)
+    run(x).sum().backward()
+    assert torch.equal(x.grad[0, 0], torch.tensor([1.5, 1.0, 1.0, 0.5], dtype=torch.float64))
+
+
 def test_unknown_form_is_refused():
     with pytest.raises(ModelError, match=r"Gelu 'node': approximate = 'sigmoid' cannot be trained through"):
         operator("Gelu", 1, approximate="sigmoid")
@@ -560,6 +577,12 @@ def test_unknown_form_is_refused():
         operator("Conv", 2, kernel_shape=[1, 1, 1, 1])
     with pytest.raises(ModelError, match="auto_pad with dilations"):
         operator("MaxPool", 1, kernel_shape=[2], dilations=[2], auto_pad="SAME_UPPER")
+    with pytest.raises(ModelError, match="without kernel_shape"):
+        operator("LpPool", 1)
+    with pytest.raises(ModelError, match="2 strides, 1 dilations and 2 pads for 1 axes"):
+        operator("MaxPool", 1, kernel_shape=[2], strides=[1, 1])
+    with pytest.raises(ModelError, match="auto_pad = 'SAME'"):
+        operator("Conv", 2, kernel_shape=[2], auto_pad="SAME")
 
 
 def batch_norm_inputs(dtype=torch.float64):

@@ -164,7 +164,7 @@ def clip(call: Call) -> Function:
         return _clip_to_numbers(low, high)
 
     def run(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-        return torch.clamp(x, low, high)
+        return torch.clamp(x, *(None if bound is None else bound.to(x.device) for bound in (low, high)))
 
     return run
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxcompress.train.ops.call import Builder, Call, Function
 from onnxcompress.train.ops.linear import CONVOLUTIONS
-from onnxcompress.train.ops.windows import Window
+from onnxcompress.train.ops.windows import Window, kernel_shape
 
 _MAX: dict[int, Callable[..., Tensor]] = {1: torch.max_pool1d, 2: torch.max_pool2d, 3: torch.max_pool3d}
 _MAX_INDICES: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -29,7 +29,7 @@ def _torch_pads(window: Window, kernel: Sequence[int]) -> bool:
 
 
 def max_pool(call: Call) -> Function:
-    kernel = tuple(call.attribute("kernel_shape"))
+    kernel = kernel_shape(call)
     rank = len(kernel)
     window = Window.of(call, rank)
     if len(call.outputs) > 1 and call.outputs[1]:
@@ -78,7 +78,7 @@ def _steps(sizes: Sequence[int]) -> list[int]:
 
 
 def average_pool(call: Call) -> Function:
-    kernel = tuple(call.attribute("kernel_shape"))
+    kernel = kernel_shape(call)
     rank = len(kernel)
     window = Window.of(call, rank)
     include = bool(call.attribute("count_include_pad", 0))
@@ -88,7 +88,8 @@ def average_pool(call: Call) -> Function:
 
     @functools.lru_cache(maxsize=4)
     def counts(sizes: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _elements(window, kernel, sizes, include).to(device, dtype)
+        with torch.inference_mode(False):  # or a training step could not use what a validation has left here
+            return _elements(window, kernel, sizes, include).to(device, dtype)
 
     def run(x: Tensor) -> Tensor:
         return _sums(x, window, kernel) / counts(x.shape[2:], x.dtype, x.device)
@@ -129,10 +130,7 @@ def root(x: Tensor, degree: float) -> Tensor:
 
 def lp_pool(call: Call) -> Function:
     degree = call.attribute("p", 2)
-    kernel = call.attribute("kernel_shape")
-    if kernel is None:
-        raise call.refuse("a pool without kernel_shape")
-    kernel = tuple(kernel)
+    kernel = kernel_shape(call)
     window = Window.of(call, len(kernel))
     if degree == 2:
         return lambda x: root(_sums(x * x, window, kernel), 2)

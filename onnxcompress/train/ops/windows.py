@@ -12,10 +12,21 @@ Sizes = tuple[int, ...]
 
 def spatial_rank(call: Call) -> int | None:
     """Number of spatial axes, where an attribute tells it."""
-    for name in ("kernel_shape", "strides", "dilations", "output_padding", "output_shape"):
+    for name in ("kernel_shape", "strides", "dilations", "output_padding"):
         if call.attribute(name):
             return len(call.attribute(name))
     return len(call.attribute("pads")) // 2 if call.attribute("pads") else None
+
+
+def kernel_shape(call: Call) -> Sizes:
+    """The window of a pool, which has no weight to tell it.
+
+    Raises:
+        ModelError: The node does not say.
+    """
+    if not call.attribute("kernel_shape"):
+        raise call.refuse("a pool without kernel_shape")
+    return tuple(call.attribute("kernel_shape"))
 
 
 def torch_order(begins: Sequence[int], ends: Sequence[int]) -> list[int]:
@@ -44,7 +55,11 @@ class Window:
 
     @staticmethod
     def of(call: Call, rank: int) -> Window:
-        """Raises ModelError: The attributes do not fit each other, or torch has no window over so many axes."""
+        """The window of a node.
+
+        Raises:
+            ModelError: The attributes do not fit each other, or torch has no window over so many axes.
+        """
         if not 1 <= rank <= 3:
             raise call.refuse(f"a window over {rank} spatial axes (torch has 1 to 3)")
         auto_pad = call.attribute("auto_pad", "NOTSET")
