@@ -7,14 +7,14 @@ Exact: the numbers are those of onnxruntime, or of NumPy where both are the same
 1 KB more than the constants it sets free is not stored: Expand, Tile and ConstantOfShape stay the few bytes they are.
 Nodes are folded together where only their last result is small: Concat(Slice(c), Slice(c)).
 Never folded: random operators, nodes that hold graphs, QuantizeLinear and DequantizeLinear (int8 weights stay int8),
-and the Casts of a codebook (Cast, Gather, Reshape decode a weight from indices).
+and nodes that decode a weight from a codebook, int8 or float16 (see ``patterns.decoded_weights``).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from onnxcompress.graph import Constant, Graph, Node, Tensor, bodies, is_constan
 from onnxcompress.passes.deduplicate_nodes import RANDOM
 from onnxcompress.patterns.bypass import is_used
 from onnxcompress.patterns.constant_evaluation import evaluate_in_numpy, single_node_model
+from onnxcompress.patterns.decoded_weights import decoding_nodes
 from onnxcompress.rewrite import Miss, PassResult, RewritePass, Settings, remove_if_unread
 
 logger = logging.getLogger(__name__)
@@ -51,14 +52,18 @@ class FoldConstants(RewritePass[Site]):
         super().__init__(settings)
         self.growth_bytes = 0
         self._derived: set[Node] = set()
+        self._decoding: set[Node] = set()
 
     def sweep(self, graph: Graph, result: PassResult) -> None:
-        self._derived = derived_nodes(graph)
+        self._decoding = decoding_nodes(graph)
+        self._derived = derived_nodes(graph, self._decoding)
         super().sweep(graph, result)
 
     def match(self, graph: Graph, node: Node) -> Site | Miss | None:
         if node not in self._derived:
-            return Miss(node.name, "it decodes a codebook") if is_codebook(node) else None
+            if is_codebook(node):
+                return Miss(node.name, "it decodes a codebook")
+            return Miss(node.name, "it decodes a weight") if node in self._decoding else None
         if any(graph.is_output(tensor) for tensor in node.outputs):
             return Miss(node.name, "a graph output would be an initializer")
         nodes = upstream(graph, node)
@@ -135,12 +140,14 @@ class FoldConstants(RewritePass[Site]):
         return [np.zeros(0) if tensor.is_empty() else next(results) for tensor in node.outputs]
 
 
-def derived_nodes(graph: Graph) -> set[Node]:
-    """The nodes of a graph that depend on constants alone and may be folded."""
+def derived_nodes(graph: Graph, kept: Collection[Node] = ()) -> set[Node]:
+    """The nodes of a graph that depend on constants alone and may be folded: none of ``kept``, nor what reads them."""
     derived: set[Node] = set()
     for node in graph.nodes:
         given = [tensor for tensor in node.inputs if not tensor.is_empty()]
-        if not given or node.op in NEVER or not is_op(node, node.op) or bodies(node) or is_codebook(node):
+        if not given or node.op in NEVER or not is_op(node, node.op) or bodies(node):
+            continue
+        if node in kept or is_codebook(node):
             continue
         if all(is_constant(tensor) or graph.producer(tensor) in derived for tensor in given):
             derived.add(node)

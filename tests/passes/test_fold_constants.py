@@ -1,5 +1,7 @@
 """Constant folding: what is computed, what must not grow, and what stays coded."""
 
+import re
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -178,6 +180,43 @@ def test_codebook_stays(entries, half):
     assert "decodes a codebook" in {miss.reason.removeprefix("it ") for miss in result.misses}
     assert after.ByteSize() <= before.ByteSize()
     assert_equivalent(before, after)
+
+
+SMALL_WEIGHTS = {
+    "int8 codebook": """c = Cast<to = 1>(q) k = Mul(c, s) i = Cast<to = 6>(indices) w = Gather(k, i)
+        v = Reshape(w, shape)""",
+    "scaled": """c = Cast<to = 1>(h) i = Cast<to = 6>(indices) w = Gather(c, i) f = Cast<to = 1>(scales) z = Mul(w, f)
+        v = Reshape(z, shape)""",
+    "two to a byte": """c = Cast<to = 1>(h) i = Cast<to = 6>(indices) a = Div(i, n) m = Mul(a, n) b = Sub(i, m)
+        j = Concat<axis = 0>(a, b) w = Gather(c, j) v = Reshape(w, twice)""",
+    "int8": "c = Cast<to = 1>(weight) v = Mul(c, factor)",
+    "float16": "v = Cast<to = 1>(half)",
+}
+
+
+@pytest.mark.parametrize("body", SMALL_WEIGHTS.values(), ids=SMALL_WEIGHTS)
+def test_small_weights_stay_coded(body):
+    """Less than 1 KB is gained by each of these nodes, so that only their pattern keeps them."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "q": rng.integers(-127, 127, (9, 4)).astype(np.int8),
+        "h": rng.normal(size=(9, 4)).astype(np.float16),
+        "s": rand(4),
+        "indices": rng.integers(0, 9, (4, 2)).astype(np.uint8),
+        "scales": rng.normal(size=(4, 1, 1)).astype(np.float16),
+        "shape": np.array([4, 2, 2, 2]),
+        "twice": np.array([8, 2, 2, 2]),
+        "n": np.array(16, np.int32),
+        "weight": rng.integers(-127, 127, (4, 2, 2, 2)).astype(np.int8),
+        "half": rng.normal(size=(4, 2, 2, 2)).astype(np.float16),
+        "factor": rand(4, 1, 1, 1),
+    }
+    text = f"g (float[N,2,5,5] x) => (float[a,b,c,d] y) {{ {body} y = Conv(x, v) }}"
+    used = {name: array for name, array in constants.items() if re.search(rf"[( ]{name}[,)]", body)}
+    before, after, result = fold(text, **used)
+    assert result.rewrites == 0 and after == before
+    other = text.replace("Conv(x, v)", "Add(x, v)") if body.startswith("v") else text
+    assert fold(other, **used)[2].rewrites == (1 if body.startswith("v") else 0)
 
 
 def test_four_bit_indices_stay():

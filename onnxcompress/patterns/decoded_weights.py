@@ -1,0 +1,207 @@
+"""Weights that are stored small and decoded by nodes, which onnxruntime folds when it loads the model.
+
+    codebook   Gather(codewords, indices) [-> Mul(scales)] [-> Reshape] [-> Transpose] [-> Reshape] [-> Cast]
+                 codewords   Cast(float16 constant)  or  Mul(Cast(int8 constant), constant)
+                 indices     Cast(unsigned constant)  or  Concat(Div(q, 16), q - 16 * Div(q, 16)), two indices in a byte
+    int8       Mul(Cast(int8 constant), constant) [-> Reshape] [-> Transpose] [-> Reshape] [-> Cast]
+    float16    Cast(float16 constant) [-> Reshape] [-> Transpose] [-> Reshape]
+
+Folding such nodes in the file would undo the compression, so no pass of ours does it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import helper
+
+from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, is_op, numpy_dtype, optional_input
+from onnxcompress.model_io.stored import packed_bytes
+
+INDEX_TYPES = ("uint2", "uint4", "uint8", "uint16")
+CODEWORD_TYPES = ("float16", "int8")
+# Inputs of operators where a weight is.
+WEIGHT_SLOTS = {
+    "Conv": (1,),
+    "ConvTranspose": (1,),
+    "Gemm": (0, 1),
+    "MatMul": (0, 1),
+    "Gather": (0,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookWeight:
+    """A weight that nodes decode from a codebook.
+
+    Attributes:
+        weight: What the operators read.
+        codebook: (k, d) float16, int8 or float32.
+        codebook_scale: Factors of an int8 codebook, else None.
+        indices: Unsigned; (outputs, D / d), or half of it where ``packed``.
+        packed: Two indices stand in a byte.
+        scales: (outputs, 1, 1) factors per output, or None.
+        nodes: Those that decode it, in order.
+    """
+
+    weight: Tensor
+    codebook: Constant
+    codebook_scale: Constant | None
+    indices: Constant
+    packed: bool
+    scales: Constant | None
+    nodes: tuple[Node, ...]
+
+    @property
+    def readers(self) -> list[Node]:
+        return list(dict.fromkeys(self.weight.outputs))
+
+    @property
+    def constants(self) -> list[Constant]:
+        given = (self.codebook, self.codebook_scale, self.indices, self.scales)
+        return [constant for constant in given if constant is not None]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codebook, indices and factors; without the nodes."""
+        return sum(packed_bytes(helper.np_dtype_to_tensor_dtype(c.dtype), math.prod(c.shape)) for c in self.constants)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Constants and nodes behind one operand of a decoding node."""
+
+    constant: Constant
+    factor: Constant | None
+    packed: bool
+    nodes: tuple[Node, ...]
+
+
+def find_codebooks(graph: Graph) -> list[CodebookWeight]:
+    """The weights of a graph, and of those nested in it, that nodes decode from codebooks."""
+    found = []
+    for inner in graph.walk():
+        for node in inner.nodes:
+            if is_op(node, "Gather") and not node.attrs.get("axis", 0):
+                weight = _codebook(inner, node)
+                if weight is not None:
+                    found.append(weight)
+    return found
+
+
+def narrow_weights(graph: Graph, *types: str) -> dict[Tensor, list[Node]]:
+    """The weights of a graph, and of those nested in it, that nodes widen from int8 or float16, and those nodes."""
+    found = {}
+    for inner in graph.walk():
+        for node in inner.nodes:
+            dtype = numpy_dtype(node.inputs[0]) if is_op(node, "Cast") and is_constant(node.inputs[0]) else None
+            if dtype is not None and dtype.name in (types or CODEWORD_TYPES):
+                nodes = _widening(inner, node, dtype)
+                if nodes:
+                    found[nodes[-1].outputs[0]] = nodes
+    return found
+
+
+def decoding_nodes(graph: Graph) -> set[Node]:
+    """The nodes of a graph, and of those nested in it, that decode weights."""
+    found = {node for weight in find_codebooks(graph) for node in weight.nodes}
+    return found.union(*narrow_weights(graph).values())
+
+
+def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
+    codewords, picks = _codewords(graph, gather.inputs[0]), _indices(graph, gather.inputs[1])
+    if codewords is None or picks is None:
+        return None
+    nodes = [*codewords.nodes, *picks.nodes, gather]
+    weight, scales = gather.outputs[0], None
+    while (reader := _shaping_reader(graph, weight)) is not None:
+        if is_op(reader, "Mul"):
+            if scales is not None:
+                break
+            source = _widened(graph, next(t for t in reader.inputs if t is not weight), ("float16", "float32"))
+            if source is None:
+                break
+            scales = source.constant
+            nodes += source.nodes
+        nodes.append(reader)
+        weight = reader.outputs[0]
+    return CodebookWeight(
+        weight, codewords.constant, codewords.factor, picks.constant, picks.packed, scales, tuple(nodes)
+    )
+
+
+def _shaping_reader(graph: Graph, tensor: Tensor) -> Node | None:
+    """The one reader, when it scales, moves or widens what it reads."""
+    reader = graph.only_reader(tensor)
+    if reader is None or not is_op(reader, "Cast", "Mul", "Reshape", "Transpose"):
+        return None
+    if is_op(reader, "Reshape") and not is_constant(reader.inputs[1]):
+        return None
+    return reader
+
+
+def _codewords(graph: Graph, tensor: Tensor) -> _Source | None:
+    mul = graph.producer(tensor)
+    if mul is None or not is_op(mul, "Mul"):
+        return _widened(graph, tensor, (*CODEWORD_TYPES, "float32"))
+    for i in (0, 1):
+        factor, source = mul.inputs[1 - i], _widened(graph, mul.inputs[i], CODEWORD_TYPES)
+        if source is not None and source.nodes and isinstance(factor, Constant):
+            return _Source(source.constant, factor, False, (*source.nodes, mul))
+    return None
+
+
+def _widened(graph: Graph, tensor: Tensor, types: Iterable[str]) -> _Source | None:
+    """A constant of one of these types, itself or behind a Cast."""
+    cast = graph.producer(tensor)
+    nodes = (cast,) if cast is not None and is_op(cast, "Cast") else ()
+    constant = cast.inputs[0] if cast is not None and nodes else tensor
+    dtype = numpy_dtype(constant)
+    if not isinstance(constant, Constant) or dtype is None or dtype.name not in types:
+        return None
+    return _Source(constant, None, False, nodes)
+
+
+def _indices(graph: Graph, tensor: Tensor) -> _Source | None:
+    node = graph.producer(tensor)
+    if node is None or not is_op(node, "Concat"):
+        source = _widened(graph, tensor, INDEX_TYPES)
+        return source if source is not None and source.nodes else None
+    if len(node.inputs) != 2:
+        return None
+    high, low = (graph.producer(half) for half in node.inputs)
+    if high is None or low is None or not is_op(high, "Div") or not is_op(low, "Sub"):
+        return None
+    times = graph.producer(low.inputs[1])
+    source = _widened(graph, high.inputs[0], ("uint8",))
+    if times is None or source is None or not is_op(times, "Mul"):
+        return None
+    if low.inputs[0] is not high.inputs[0] or times.inputs[0] is not high.outputs[0]:
+        return None
+    return _Source(source.constant, None, True, (*source.nodes, high, times, low, node))
+
+
+def _widening(graph: Graph, cast: Node, dtype: np.dtype) -> list[Node]:
+    """The nodes from a Cast of a constant to a weight; none when it is another thing."""
+    nodes, tensor = [cast], cast.outputs[0]
+    mul = graph.only_reader(tensor)
+    if is_op(mul, "Mul") and mul is not None and any(is_constant(t) for t in mul.inputs):
+        nodes.append(mul)
+        tensor = mul.outputs[0]
+    elif dtype == np.int8:
+        return []
+    while (reader := _shaping_reader(graph, tensor)) is not None and not is_op(reader, "Mul"):
+        nodes.append(reader)
+        tensor = reader.outputs[0]
+    return nodes if tensor.outputs and all(_reads_weight(node, tensor) for node in tensor.outputs) else []
+
+
+def _reads_weight(node: Node, tensor: Tensor) -> bool:
+    slots = WEIGHT_SLOTS.get(node.op, ()) if is_op(node, node.op) else ()
+    return any(optional_input(node, slot) is tensor for slot in slots)
