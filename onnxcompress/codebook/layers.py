@@ -16,6 +16,7 @@ from onnxcompress.codebook.readers import CANDIDATES, QUANTIZED_OPERATORS, Use, 
 from onnxcompress.codebook.views import FLOATS, static_nodes
 from onnxcompress.cost import node_macs
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Node, Tensor, is_op
+from onnxcompress.patterns.decoded_weights import find_codebooks, narrow_weights
 from onnxcompress.shapes import infer_shapes
 
 
@@ -89,6 +90,7 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
     """
     infer_shapes(graph)
     static = static_nodes(graph)
+    decoded = decoded_already(graph)
     refusals: dict[str, Refusal] = {}
     uses: dict[Tensor, list[Use]] = {}
     for inner in graph.walk():
@@ -98,7 +100,7 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
                 refusals[name] = Refusal(name, f"it is quantized already ({node.op})")
             if node.op not in CANDIDATES or node.domain not in STANDARD_DOMAINS or node in static:
                 continue
-            for found in read_uses(inner, node, static):
+            for found in read_uses(inner, node, static, decoded):
                 if isinstance(found, Use):
                     uses.setdefault(found.origin.root, []).append(found)
                 else:
@@ -111,6 +113,14 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
         else:
             refusals[root.name] = Refusal(root.name, reason)
     return layers, list(refusals.values())
+
+
+def decoded_already(graph: Graph) -> dict[Tensor, str]:
+    """Weights that nodes decode from a codebook or from int8, and the reason why they are no layers."""
+    decoded = {weight.weight: "it is a codebook already" for weight in find_codebooks(graph)}
+    for tensor in narrow_weights(graph, "int8"):
+        decoded.setdefault(tensor, "it is quantized already (int8)")
+    return decoded
 
 
 def _layer(graph: Graph, root: Tensor, uses: list[Use]) -> Layer:

@@ -8,7 +8,7 @@ Gather                      none
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,17 @@ class Use:
     bias: Bias | None = None
 
 
-def read_uses(graph: Graph, node: Node, static: Collection[Node]) -> Iterator[Use | Refused]:
-    """The weights that a node reads, and those that it reads in a way that is not supported."""
+def read_uses(
+    graph: Graph, node: Node, static: Collection[Node], decoded: Mapping[Tensor, str]
+) -> Iterator[Use | Refused]:
+    """The weights that a node reads, and those that it reads in a way that is not supported.
+
+    Args:
+        graph: The graph of the node.
+        node: One of ``CANDIDATES``.
+        static: Nodes that depend on constants alone.
+        decoded: Weights that are compressed already, and as what.
+    """
     slots = {"Gather": (0,), "MatMul": (1, 0), "Gemm": (1, 0)}.get(node.op, (1, 2) if node.op in RECURRENT else (1,))
     for slot in slots:
         tensor = optional_input(node, slot)
@@ -110,6 +119,9 @@ def read_uses(graph: Graph, node: Node, static: Collection[Node]) -> Iterator[Us
             continue
         if _overridable(graph, tensor):
             yield tensor.name, "the caller may override it (an initializer that is an input too)"
+            continue
+        if tensor in decoded:
+            yield tensor.name, decoded[tensor]
             continue
         if not (is_stored(tensor) or (tensor.inputs and tensor.inputs[0] in static)):
             continue

@@ -93,6 +93,14 @@ class Origin:
     def stored_bytes(self) -> int:
         return _held(self.root).nbytes if isinstance(self.root, Constant) else self.root_values().nbytes
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Element type that the reader sees."""
+        found = np.dtype(_held(self.root).dtype)
+        for node in self.nodes:
+            found = (element_dtype(int(node.attrs["to"])) or found) if node.op == "Cast" else found
+        return found
+
     def root_values(self) -> np.ndarray:
         return _held(self.root).values
 

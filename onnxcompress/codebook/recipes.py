@@ -1,0 +1,173 @@
+"""The constants and nodes that make a weight out of its stored form, before they are part of a graph.
+
+    W/indices  -> Cast int32 ----------------\\
+    W/codebook -> Cast float32 [-> Mul] -> Gather [-> Mul W/scales] [-> Reshape] [-> Transpose] [-> Reshape] -> W
+    W/int8     -> Cast float32 -> Mul W/scales -> W
+    W/float16  -> Cast float32 -> W
+
+Indices into up to 16 codewords take 4 bits: UINT4 from opset 21 on; before it two to a byte, those of the first half of
+the outputs high, taken apart by Div, Mul, Sub and Concat. Inner tensors have short names: each is in the file twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from onnx import TensorProto, helper
+
+from onnxcompress.codebook.codebook import QuantizedLayer
+from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
+from onnxcompress.codebook.views import View
+
+UINT4_OPSET, UINT4_IR = 21, 10
+# Two indices in a byte cost four more nodes, of about this many bytes.
+PACKING_BYTES = 250
+SIXTEEN = "onnxcompress/16"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node to be."""
+
+    op: str
+    inputs: tuple[str, ...]
+    output: str
+    attrs: dict[str, Any]
+
+
+@dataclass
+class Recipe:
+    """Constants by name, nodes in order, and what they make: ``weights`` has a name for each of ``views``.
+
+    Attributes:
+        name: Name of the stored weight.
+        views: What the operators read.
+        dtype: Element type that the operators read.
+        opset: The model's opset.
+        ir_version: The model's IR version.
+        fresh: Makes a name unique.
+    """
+
+    name: str
+    views: Sequence[View]
+    dtype: np.dtype
+    opset: int
+    ir_version: int
+    fresh: Callable[[str], str] = str
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+
+    def codebook(self, quantized: QuantizedLayer) -> Recipe:
+        """Fill in the form of a codebook."""
+        codewords = self._cast(self.stored("codebook", quantized.codebook), TensorProto.FLOAT)
+        if quantized.codebook_scale is not None:
+            codewords = self._step("Mul", codewords, self.stored("codebook_scale", quantized.codebook_scale))
+        decoded = self._step("Gather", codewords, self._indices(quantized.indices, quantized.choice.codewords))
+        outputs, blocks = quantized.indices.shape
+        if quantized.scales is not None:
+            factors = self.stored("scales", quantized.scales.reshape(-1, 1, 1))
+            decoded = self._step("Mul", decoded, self._cast(factors, TensorProto.FLOAT))
+        self._finish(decoded, (outputs, blocks, quantized.codebook.shape[1]))
+        return self
+
+    def int8(self, quantized: Int8Layer) -> Recipe:
+        """Fill in the form of int8 numbers with a factor per output."""
+        values, scales = quantized.values, quantized.scales[:, None]
+        if len(self.views) == 1:
+            spread = self.views[0].from_matrix(np.broadcast_to(scales, values.shape))
+            for axis in range(spread.ndim):  # one factor per output: constant along the other axes
+                first = spread.take([0], axis)
+                spread = first if np.array_equal(np.broadcast_to(first, spread.shape), spread) else spread
+            if spread.size <= scales.size:  # but not in the groups of a ConvTranspose
+                values, scales = self.views[0].from_matrix(values), spread
+        wide = self._cast(self.stored("int8", values), TensorProto.FLOAT)
+        self._finish(self._step("Mul", wide, self.stored("scales", scales)), values.shape)
+        return self
+
+    def float16(self, quantized: Float16Layer) -> Recipe:
+        """Fill in the form of float16 numbers."""
+        values = quantized.values if len(self.views) > 1 else self.views[0].from_matrix(quantized.values)
+        stored = self.stored("float16", values)
+        self._finish(stored, values.shape, TensorProto.FLOAT16)
+        return self
+
+    def stored(self, suffix: str, array: np.ndarray) -> str:
+        """Add a constant; returns its name."""
+        name = self.fresh(f"{self.name}/{suffix}")
+        self.constants[name] = array
+        return name
+
+    def overhead_bytes(self) -> int:
+        """Bytes of the nodes and of the constants' headers in the file; without the constants' data."""
+        nodes = [
+            helper.make_node(step.op, list(step.inputs), [step.output], **step.attrs).ByteSize() for step in self.steps
+        ]
+        heads = [_tensor_bytes(name, array) - _data_bytes(array) for name, array in self.constants.items()]
+        return int(sum(1 + _varint_bytes(size) + size for size in nodes) + sum(heads))
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _step(self, op: str, *inputs: str, **attrs: Any) -> str:
+        output = self.fresh(f"q{len(self.steps)}")
+        self.steps.append(Step(op, inputs, output, attrs))
+        return output
+
+    def _cast(self, tensor: str, elem_type: int) -> str:
+        return self._step("Cast", tensor, to=int(elem_type))
+
+    def _indices(self, indices: np.ndarray, codewords: int) -> str:
+        if codewords <= 16 and self.opset >= UINT4_OPSET and self.ir_version >= UINT4_IR:
+            return self._cast(self.stored("indices", indices.astype(ml_dtypes.uint4)), TensorProto.INT32)
+        axis = next((axis for axis, size in enumerate(indices.shape) if size % 2 == 0), None)
+        if codewords > 16 or axis is None or indices.size // 2 < PACKING_BYTES:
+            return self._cast(self.stored("indices", indices), TensorProto.INT32)
+        high, low = np.split(indices, 2, axis=axis)
+        both = self._cast(self.stored("indices", (high * 16 + low).astype(np.uint8)), TensorProto.INT32)
+        self.constants[SIXTEEN] = np.array(16, np.int32)
+        first = self._step("Div", both, SIXTEEN)
+        second = self._step("Sub", both, self._step("Mul", first, SIXTEEN))
+        return self._step("Concat", first, second, axis=axis)
+
+    def _finish(self, tensor: str, shape: Sequence[int], elem_type: int = TensorProto.FLOAT) -> None:
+        """Bring the decoded numbers into the form of every view."""
+        made = helper.np_dtype_to_tensor_dtype(self.dtype)
+        if made != elem_type:
+            tensor = self._cast(tensor, made)
+        for view in self.views:
+            self.weights.append(self._shaped(tensor, tuple(shape), view))
+
+    def _shaped(self, tensor: str, shape: tuple[int, ...], view: View) -> str:
+        if shape != view.shape or len(self.views) > 1:
+            moves = [] if view.perm is None else [axis for axis in view.perm if view.unfolded[axis] > 1]
+            if moves != sorted(moves):
+                tensor = self._reshaped(tensor, shape, view.unfolded)
+                tensor = self._step("Transpose", tensor, perm=list(view.perm or ()))
+                shape = tuple(view.unfolded[axis] for axis in view.perm or ())
+            tensor = self._reshaped(tensor, shape, view.shape)
+        return tensor
+
+    def _reshaped(self, tensor: str, shape: tuple[int, ...], target: tuple[int, ...]) -> str:
+        if shape == target:
+            return tensor
+        return self._step("Reshape", tensor, self.stored("shape", np.array(target, np.int64)))
+
+
+def _data_bytes(array: np.ndarray) -> int:
+    return (array.size + 1) // 2 if array.dtype == ml_dtypes.uint4 else array.nbytes
+
+
+def _varint_bytes(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
+
+
+def _tensor_bytes(name: str, array: np.ndarray) -> int:
+    """Bytes of an initializer in the file."""
+    head = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+    data = _data_bytes(array)
+    size = head.ByteSize() + 1 + _varint_bytes(data) + data
+    return int(1 + _varint_bytes(size) + size)
