@@ -31,16 +31,13 @@ class Checkpoint:
     Args:
         folder: Made when first written to.
         identity: What makes a run this run: plain numbers, strings, None, and lists of them, by name.
-        every: Steps between two checkpoints; None writes one about every 30 seconds.
         resume: Whether a checkpoint found there is taken up.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], identity: Identity, *, every: int | None = None, resume: bool = True
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], identity: Identity, *, resume: bool = True) -> None:
         self.folder = Path(folder)
         self.path = self.folder / FILE_NAME
-        self.identity, self.every, self.resume = dict(identity), every, resume
+        self.identity, self.resume = dict(identity), resume
         self.saved_step: int | None = None  # of the last good checkpoint
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -320,7 +320,7 @@ class _Job:
             "teacher": None,
             "learning from": supervision.text,
             "metric": supervision.metric.name if supervision.metric else None,
-            "trained weights": digest((name, np.zeros(0)) for name, _ in twin.named_parameters()),
+            "trained weights": digest([("\n".join(name for name, _ in twin.named_parameters()), np.ones(1))]),
             "augment": options.augment,
             "features": list(options.wishes.features),
             "processes": self.world.size,
@@ -334,7 +334,7 @@ class _Job:
                 name.replace("_", " "): value for name, value in vars(part).items() if name not in _NO_IDENTITY
             }
         folder = options.checkpoint or self.output.with_name(f"{self.output.name}.checkpoint")
-        return Checkpoint(folder, identity, every=settings.checkpoint_every, resume=options.resume)
+        return Checkpoint(folder, identity, resume=options.resume)
 
     # -- the result ----------------------------------------------------------------------------------------------------
 

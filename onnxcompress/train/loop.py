@@ -188,6 +188,8 @@ class Evaluation:
     higher_is_better: bool = True
 
     def better(self, figure: float, than: float) -> bool:
+        if math.isnan(than):
+            return not math.isnan(figure)
         return figure > than if self.higher_is_better else figure < than
 
 
@@ -476,8 +478,8 @@ class _Run:
     def _checkpoint_is_due(self, saved: float) -> bool:
         if self.checkpoint is None or not self.world.first:
             return False
-        if self.checkpoint.every is not None:
-            return self.step % self.checkpoint.every == 0
+        if self.settings.checkpoint_every is not None:
+            return self.step % self.settings.checkpoint_every == 0
         return time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS
 
     def _save(self) -> None:
