@@ -52,7 +52,7 @@ class InputForm(click.ParamType[Input]):
             return value
         text = str(value).strip()
         types = "|".join(TYPES)
-        form = rf"(?:(?P<name>.+?):)?(?P<dims>\d+(?:[x,]\d+)*)?(?::(?P<dtype>{types})(?::(?P<bound>\d+))?)?"
+        form = rf"(?:(?P<name>.+?):)??(?P<dims>\d+(?:[x,]\d+)*)?(?::(?P<dtype>{types})(?::(?P<bound>\d+))?)?"
         found = re.fullmatch(form, text)
         if not text or found is None or (found["dims"] is None and found["dtype"] is None):
             self.fail(
