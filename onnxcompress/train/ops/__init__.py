@@ -7,7 +7,9 @@ from onnxcompress.train.ops import (
     linear,
     normalization,
     pooling,
+    recurrent,
     reduction,
+    resize,
     shaping,
 )
 from onnxcompress.train.ops.call import Builder, Call, Function, Mode, integers, torch_type
@@ -21,4 +23,6 @@ OPERATORS: dict[str, Builder] = {
     **reduction.OPERATORS,
     **shaping.OPERATORS,
     **indexing.OPERATORS,
+    **resize.OPERATORS,
+    **recurrent.OPERATORS,
 }
