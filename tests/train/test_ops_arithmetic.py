@@ -196,7 +196,7 @@ def test_conv_as_in_onnxruntime(seed):
     bias = torch.tensor(rng.normal(size=8)) if rng.random() < 0.5 else None
     if rng.random() < 0.3:
         del attributes["kernel_shape"]
-    against_onnxruntime("Conv", [x, weight, bias], group=group, rtol=2e-6, **attributes)
+    against_onnxruntime("Conv", [x, weight, bias], group=group, rtol=2e-6, **attributes)  # measured 3.9e-7
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -215,7 +215,7 @@ def test_conv_transpose_as_in_onnxruntime(seed):
     x = torch.tensor(rng.normal(size=(2, 4, *sizes)))
     weight = torch.tensor(rng.normal(size=(4, 6 // group, *kernel)))
     bias = torch.tensor(rng.normal(size=6)) if rng.random() < 0.5 else None
-    against_onnxruntime("ConvTranspose", [x, weight, bias], group=group, rtol=2e-6, **attributes)
+    against_onnxruntime("ConvTranspose", [x, weight, bias], group=group, rtol=2e-6, **attributes)  # measured 3.4e-7
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -231,14 +231,15 @@ def test_pool_as_in_onnxruntime(op, seed):
     indices = op == "MaxPool" and rng.random() < 0.5
     if indices:
         attributes["storage_order"] = int(rng.random() < 0.5)
-    against_onnxruntime(op, [x], outputs=2 if indices else 1, rtol=2e-6, **attributes)
+    against_onnxruntime(op, [x], outputs=2 if indices else 1, rtol=1e-6, **attributes)  # measured 1.1e-7
 
 
 @pytest.mark.parametrize("op", ["GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_global_pool_as_in_onnxruntime(op, rank):
     attributes = {"p": 3} if op == "GlobalLpPool" else {}
-    against_onnxruntime(op, [values((2, 3, *(3, 4, 5)[:rank]), rank)], opset=21, rtol=2e-6, **attributes)
+    x = values((2, 3, *(3, 4, 5)[:rank]), rank)
+    against_onnxruntime(op, [x], opset=21, rtol=1e-6, **attributes)  # measured 1.8e-7
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -251,7 +252,7 @@ def test_gemm_as_in_onnxruntime(seed):
     shape = [None, (5,), (1, 5), (3, 1), (3, 5), (), (1,)][seed % 7]
     c = None if shape is None else torch.tensor(rng.normal(size=shape))
     inputs = [a.t() if attributes["transA"] else a, b.t() if attributes["transB"] else b, c]
-    against_onnxruntime("Gemm", inputs[: 2 if c is None else 3], rtol=2e-6, **attributes)
+    against_onnxruntime("Gemm", inputs[: 2 if c is None else 3], rtol=1e-6, **attributes)  # measured 1.3e-7
 
 
 # --- gradients against finite differences -------------------------------------------------------------------------
@@ -601,9 +602,9 @@ def test_batch_statistics_move_the_running_ones_as_torch_does(opset):
     before = mean.clone()
     assert torch.equal(run(x, scale, bias, mean, var), module.eval()(x)) and torch.equal(mean, before)
     mode.batch_statistics = True
-    torch.testing.assert_close(run(x, scale, bias, mean, var), module.train()(x), rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(mean, module.running_mean, rtol=1e-14, atol=0)
-    torch.testing.assert_close(var, module.running_var, rtol=1e-14, atol=0)  # the unbiased variance
+    torch.testing.assert_close(run(x, scale, bias, mean, var), module.train()(x), rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(mean, module.running_mean, rtol=1e-15, atol=0)
+    torch.testing.assert_close(var, module.running_var, rtol=1e-15, atol=0)  # the unbiased variance; measured 1.3e-16
 
 
 def test_batch_statistics_of_one_value_are_refused():
@@ -660,7 +661,7 @@ def test_synchronized_statistics_are_those_of_one_process_with_the_whole_batch(t
         run = operator("BatchNormalization", 5, mode=Mode(batch_statistics=True), **attributes)
         y = run(*inputs.values())
         y, *running = y if form else (y, inputs["mean"], inputs["var"])
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-14, atol=1e-14)  # measured 3.8e-16 of the largest
         close(np.concatenate([first[f"y{form}"], second[f"y{form}"]]), y.detach())
         for name, wanted in zip(("mean", "var"), running, strict=True):
             close(first[f"{name}{form}"], wanted.detach())

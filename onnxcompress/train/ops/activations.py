@@ -48,7 +48,8 @@ def selu(call: Call) -> Function:
     alpha = call.attribute("alpha", 1.6732 if old else 1.67326319217681884765625)
     gamma = call.attribute("gamma", 1.0507 if old else 1.05070102214813232421875)
     if _is(alpha, 1.67326319217681884765625) and _is(gamma, 1.05070102214813232421875):
-        return torch.selu
+        known: Function = torch.selu
+        return known
     return lambda x: gamma * F.elu(x, alpha)
 
 
@@ -65,14 +66,16 @@ def thresholded_relu(call: Call) -> Function:
 def hard_sigmoid(call: Call) -> Function:
     alpha, beta = call.attribute("alpha", 0.2), call.attribute("beta", 0.5)
     if _is(alpha, 1 / 6) and beta == 0.5:
-        return F.hardsigmoid
+        known: Function = F.hardsigmoid
+        return known
     return lambda x: F.hardtanh(x * alpha + beta, 0.0, 1.0)
 
 
 def swish(call: Call) -> Function:
     alpha = call.attribute("alpha", 1.0)
     if alpha == 1.0:
-        return F.silu
+        known: Function = F.silu
+        return known
     return lambda x: x * torch.sigmoid(alpha * x)
 
 

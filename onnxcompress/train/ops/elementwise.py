@@ -127,14 +127,14 @@ def bit_shift(call: Call) -> Function:
 
 
 def is_infinite(call: Call) -> Function:
-    negative, positive = call.attribute("detect_negative", 1), call.attribute("detect_positive", 1)
-    if negative and positive:
-        return torch.isinf
-    if negative:
-        return torch.isneginf
-    if positive:
-        return torch.isposinf
-    return lambda x: torch.zeros_like(x, dtype=torch.bool)
+    negative, positive = bool(call.attribute("detect_negative", 1)), bool(call.attribute("detect_positive", 1))
+    functions: dict[tuple[bool, bool], Function] = {
+        (True, True): torch.isinf,
+        (True, False): torch.isneginf,
+        (False, True): torch.isposinf,
+        (False, False): lambda x: torch.zeros_like(x, dtype=torch.bool),
+    }
+    return functions[negative, positive]
 
 
 def where(call: Call) -> Function:

@@ -94,14 +94,28 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """Each process's tensor has a part in the sum of every process: the gradient is a sum over them as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of values per channel over all processes, whose batches may differ in size.
 
     Two rounds: the sum of squares around the mean, unlike that around 0, loses nothing where the mean is large.
     """
-    from torch.distributed.nn import functional as collective
-
-    add_up: Callable[[Tensor], Tensor] = collective.all_reduce  # adds up the gradient over the processes too
+    add_up: Callable[[Tensor], Tensor] = _SumOverProcesses.apply
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     count = x.new_tensor([x.numel() // x.shape[1]])
     sums = add_up(torch.cat([x.sum(_batch_axes(x)), count]))
