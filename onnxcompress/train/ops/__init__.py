@@ -7,6 +7,7 @@ from onnxcompress.train.ops import (
     linear,
     normalization,
     pooling,
+    quantization,
     recurrent,
     reduction,
     resize,
@@ -25,4 +26,5 @@ OPERATORS: dict[str, Builder] = {
     **indexing.OPERATORS,
     **resize.OPERATORS,
     **recurrent.OPERATORS,
+    **quantization.OPERATORS,
 }
