@@ -34,11 +34,11 @@ from onnxcompress.errors import QuantizationError
 logger = logging.getLogger(__name__)
 
 Method = Literal["sweep", "em", "kmeans", "bgd"]
-DAMPINGS = (0.1, 0.3, 1.0)
+DAMPINGS = (0.1, 0.3, 1.0, 3.0)
 TARGET_DAMPINGS = (0.01, 0.1, 1.0)
 EM_DAMPING = 0.1
 INT8_TOLERANCE = 0.01
-ROUNDS = 3
+ROUNDS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ def quantize_layer(
     blockwise = damped_objective(target, moments, damping=EM_DAMPING if damping is None else damping)
     start = _cluster(layer, blockwise)
     results = [_stored(layer, blockwise, start, "em", int8_tolerance)]
-    if method == "sweep" and why_no_sweep(statistics) is None:
+    if method == "sweep" and why_no_sweep(statistics, held_out) is None:
         objective = _choose_damping(layer, target, moments, start, damping)
         swept = _sweep_and_refine(layer, objective, start)
         results.append(_stored(layer, objective, swept, "sweep", int8_tolerance))
@@ -144,13 +144,16 @@ def quantize_layer(
     return best
 
 
-def why_no_sweep(statistics: Statistics | None) -> str | None:
+def why_no_sweep(statistics: Statistics | None, held_out: Statistics | None = None) -> str | None:
     """The reason that ``quantize_layer`` stops after EM, or None."""
     if statistics is None:
         return "there are no input statistics"
     length = statistics.gram.shape[1]
-    if statistics.rows < length / 8:
-        return f"{statistics.rows} rows are too few for {length} x {length} covariances; at least {-(-length // 8)}"
+    if held_out is None and statistics.rows < length / 8:
+        return (
+            f"{statistics.rows} rows are too few for {length} x {length} covariances without held-out rows to "
+            f"choose the damping by; at least {-(-length // 8)} are needed"
+        )
     return None
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from onnxcompress.codebook.target import by_group, energy
+from onnxcompress.codebook.target import by_group
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Objective:
         return self.hessian.astype(np.float32)
 
     def error(self, assignment: Assignment) -> float:
-        """The objective in float64."""
-        return energy(self.target.astype(np.float64) - assignment.weight(), self.hessian)
+        """The objective: product in float32, sum in float64."""
+        differences = self.target - assignment.weight()
+        return float(np.einsum("god,god->", differences @ self.hessian32, differences, dtype=np.float64))
 
     def positions(self, block: int) -> np.ndarray:
         """(groups * D / d, d, d) float64: the diagonal blocks of the Hessian."""

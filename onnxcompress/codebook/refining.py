@@ -49,7 +49,7 @@ def descend_indices(objective: Objective, assignment: Assignment) -> Assignment:
     return replace(assignment, indices=indices)
 
 
-def solve_codebook(objective: Objective, assignment: Assignment, *, iterations: int = 12) -> Assignment:
+def solve_codebook(objective: Objective, assignment: Assignment, *, iterations: int = 4) -> Assignment:
     """Least-squares codewords for given indices and factors, by preconditioned conjugate gradients.
 
     The normal matrix is (k d)^2 and never formed: one product with it is a gather, a product with H, and a sum over the
