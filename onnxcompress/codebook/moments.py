@@ -1,0 +1,131 @@
+"""Sums over the rows of a layer's input: Gram matrices and means, in float64, without keeping a row.
+
+Rows are unfolded in pieces of at most 64 MB, multiplied in float32 and summed in float64. A layer of length D gets at
+most ``rows_per_input`` * D of its rows (a seeded choice, one out of each run of neighbours, the same for both nets):
+more rows of the same pictures add time, not knowledge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxcompress.codebook.codebook import Statistics
+from onnxcompress.codebook.rows import Rows, RowSource
+
+PIECE_BYTES = 64 << 20
+PIECE_ROWS = 1 << 14  # a float32 sum over more rows loses digits
+MIN_ROWS = 1 << 13
+
+Arrays = Sequence[np.ndarray]
+
+
+@dataclass
+class Sums:
+    """Running sums of one row source or of several: x_q of the net quantized so far, x_f of the float net."""
+
+    groups: int
+    length: int
+    paired: bool
+    rows: int = 0
+    own: np.ndarray = field(init=False)
+    own_mean: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (self.groups, self.length)
+        self.own = np.zeros((*shape, self.length))
+        self.own_mean = np.zeros(shape)
+        self._pending: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self.cross = np.zeros_like(self.own) if self.paired else None
+        self.floats = np.zeros_like(self.own) if self.paired else None
+        self.float_mean = np.zeros(shape) if self.paired else None
+
+    def add(self, quantized: np.ndarray, floats: np.ndarray | None) -> None:
+        """Add rows (groups, n, D) of the quantized net, and of the float net where they differ."""
+        self.rows += quantized.shape[1]
+        self._pending.append((quantized, floats))
+        rows = sum(piece.shape[1] for piece, _ in self._pending)
+        if rows >= PIECE_ROWS or 4 * rows * self.groups * self.length >= PIECE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Multiply what has come together: the D x D sums are long to add to, so few times is better."""
+        if not self._pending:
+            return
+        quantized = np.concatenate([piece for piece, _ in self._pending], axis=1)
+        others = [other for _, other in self._pending if other is not None]
+        self._pending.clear()
+        _add_products(self.own, quantized, quantized)
+        self.own_mean += quantized.sum(axis=1, dtype=np.float64)
+        if self.cross is None or self.floats is None or self.float_mean is None:
+            return
+        floats = np.concatenate(others, axis=1)
+        _add_products(self.cross, quantized, floats)
+        _add_products(self.floats, floats, floats)
+        self.float_mean += floats.sum(axis=1, dtype=np.float64)
+
+    def statistics(self) -> Statistics | None:
+        """None where there was no row."""
+        self._flush()
+        if not self.rows:
+            return None
+        return Statistics(
+            rows=self.rows,
+            gram=self.own,
+            mean=self.own_mean / self.rows,
+            cross=self.cross,
+            float_mean=None if self.float_mean is None else self.float_mean / self.rows,
+            float_gram=self.floats,
+        )
+
+
+def _add_products(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    for group in range(len(total)):
+        total[group] += a[group].T @ b[group]  # of one array with itself: half the work
+
+
+def add_batch(
+    sums: Sums, source: RowSource, quantized: Arrays, floats: Arrays | None, most_rows: int, rng: np.random.Generator
+) -> None:
+    """Add the rows of one batch.
+
+    Args:
+        sums: Added to.
+        source: How the tensors give rows.
+        quantized: The tensors of ``source.tensors`` in the quantized net.
+        floats: The same in the float net; None where they are the same.
+        most_rows: How many rows are taken; of more, one out of each run of neighbours.
+        rng: Chooses the one.
+    """
+    rows = Rows(source, quantized)
+    others = None if floats is None else Rows(source, floats)
+    if not rows.count:
+        return
+    numbers = chosen(rows.count, most_rows, rng)
+    limit = min(PIECE_BYTES, 4 * rows.length * source.groups * PIECE_ROWS)
+    pieces = rows.chunks(numbers, limit)
+    if others is None:
+        for piece in pieces:
+            sums.add(piece, None)
+    else:
+        for piece, other in zip(pieces, others.chunks(numbers, limit), strict=True):
+            sums.add(piece, other)
+
+
+def chosen(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """(min(count, most),) ascending row numbers, one at random out of each of as many equal runs."""
+    if count <= most:
+        return np.arange(count)
+    edges = np.linspace(0, count, most + 1)
+    return (edges[:-1] + rng.random(most) * np.diff(edges)).astype(np.int64)
+
+
+def id_counts(batches: Iterable[np.ndarray], size: int) -> np.ndarray:
+    """(size,) int64: how often each row of a table is picked; negative ids count from its end."""
+    total = np.zeros(size, np.int64)
+    for ids in batches:
+        flat = np.asarray(ids).reshape(-1).astype(np.int64)
+        total += np.bincount(np.where(flat < 0, flat + size, flat), minlength=size)[:size]
+    return total
