@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Node, bodies, is_op
 from onnxcompress.graph import Tensor as GraphTensor
+from onnxcompress.train.fusing import Facts, Fusion, find_fusions
 from onnxcompress.train.ops import OPERATORS
 from onnxcompress.train.ops.call import Call, Function, Mode
 
@@ -181,21 +181,37 @@ class _Work:
 
     def sequence(self, graph: Graph, nodes: Sequence[Node], steps: list[Step], labels: list[str]) -> None:
         """Add the steps of nodes of one graph, in order."""
-        absorbed: set[Node] = set()
-        last = {tensor: number for number, node in enumerate(nodes) for tensor in _reads(node)}
+        fusions = {found.end: found for found in find_fusions(nodes, self._facts(graph))}
+        into = {inner: found.end for found in fusions.values() for inner in found.inner}
+        place = {node: number for number, node in enumerate(nodes)}
+        last: dict[GraphTensor, int] = {}
+        for node in nodes:
+            for tensor in _reads(node):
+                last[tensor] = max(last.get(tensor, 0), place[into.get(node, node)])
         for number, node in enumerate(nodes):
-            if node in absorbed:
-                continue
-            step = self._linear(graph, node, absorbed) or self._step(node)
+            step = None if node in into else self._fused(fusions[node]) if node in fusions else self._step(node)
             if step is None:
                 continue
+            read = [tensor for one in (node, *_inner(fusions.get(node))) for tensor in (*_reads(one), *one.outputs)]
             dying = [
                 self.slots[tensor]
-                for tensor in {*_reads(node), *node.outputs}
+                for tensor in dict.fromkeys(read)
                 if tensor.inputs and last.get(tensor, number) <= number and self._is_temporary(tensor)
             ]
             steps.append(_releasing(step, dying) if dying and graph is self.planner.graph else step)
             labels.append(_label(node))
+
+    def _facts(self, graph: Graph) -> Facts:
+        def number(tensor: GraphTensor) -> float | None:
+            value = self.known.get(tensor)
+            return float(value) if value is not None and value.numel() == 1 else None
+
+        return Facts(graph, number, self._held_shape, lambda t: t not in self.kept and t not in self.edits)
+
+    def _fused(self, found: Fusion) -> Step:
+        inputs, (output,) = tuple(self._slot(tensor) for tensor in found.inputs), found.end.outputs
+        step = _calling(found.function, inputs, (self._target(output),))
+        return self._edited(step, found.end) if output in self.edits else step
 
     def _is_temporary(self, tensor: GraphTensor) -> bool:
         return tensor.name != "" and tensor not in self.kept and tensor not in self.known
@@ -299,29 +315,6 @@ class _Work:
 
         return [*steps, copy]
 
-    # -- two nodes as one --------------------------------------------------------------------------------------------
-
-    def _linear(self, graph: Graph, node: Node, absorbed: set[Node]) -> Step | None:
-        """MatMul with a matrix and Add of a vector, as torch's linear does both in one call."""
-        product = node.outputs[0]
-        if not is_op(node, "MatMul") or product in self.edits or product in self.kept:
-            return None
-        weight = node.inputs[1]
-        reader = graph.only_reader(product)
-        if reader is None or not is_op(reader, "Add"):
-            return None
-        bias = next(tensor for tensor in reader.inputs if tensor is not product)
-        matrix, vector = self._held_shape(weight), self._held_shape(bias)
-        if matrix is None or vector is None or len(matrix) != 2 or vector != matrix[1:] or bias.inputs:
-            return None
-        absorbed.add(reader)
-        x, w, b, out = (self._slot(t) for t in (node.inputs[0], weight, bias, reader.outputs[0]))
-
-        def run(values: Values) -> None:
-            values[out] = functional.linear(values[x], values[w].t(), values[b])  # type: ignore[arg-type, union-attr]
-
-        return self._edited(run, reader) if reader.outputs[0] in self.edits else run
-
     def _held_shape(self, tensor: GraphTensor) -> tuple[int, ...] | None:
         """The shape of a weight, held as it is or transposed by a node."""
         name = self.names.get(tensor)
@@ -385,6 +378,10 @@ def _reads(node: Node) -> list[GraphTensor]:
         used += [tensor for inner in body.walk() for tensor in inner.outputs]
         found += [tensor for tensor in used if tensor.name and tensor not in made]
     return found
+
+
+def _inner(found: Fusion | None) -> tuple[Node, ...]:
+    return found.inner if found is not None else ()
 
 
 def _calling(function: Function, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Step:
