@@ -9,7 +9,7 @@ either direction, the edge repeated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,6 +137,9 @@ class Batches:
         self.size, self.accumulate = size, accumulate
         self._check_sizes()
         self._memory: dict[str, Tensor] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
+        self._ahead: tuple[list[int], Future[dict[str, Tensor]]] | None = None
+        self._reader = ThreadPoolExecutor(1)
         first = dataset.samples[0]
         self._check_augment(first)
         total = sum(np.asarray(value).nbytes for value in first.values()) * len(dataset)
@@ -184,16 +187,24 @@ class Batches:
 
     def at(self, step: int) -> Iterator[Batch]:
         """The batches of a step, one for each backward pass, this process's share of them."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.argsort(_bits(self.seed, _ORDER, epoch, len(self.dataset)), kind="stable")
-        chosen = order[index * self.size : (index + 1) * self.size]
         draws = _bits(self.seed, _AUGMENT, step, 3 * self.size).reshape(-1, 3)
-        positions = np.array_split(np.arange(self.size), self.world.size)[self.world.rank]
-        for part in np.array_split(positions, self.accumulate):
-            feeds = self._take(chosen[part])
+        plan = self._plan(step)
+        later = [rows for rows, _ in (*plan[1:], *self._plan(step + 1)[:1])]
+        for (rows, positions), then in zip(plan, later, strict=True):
+            feeds = self._take(rows, then)
             if self.augment:
-                feeds = {name: self.augment.apply(value, draws[part]) for name, value in feeds.items()}
-            yield Batch(feeds, self._labels_of(chosen[part]), len(part) / self.size)
+                feeds = {name: self.augment.apply(value, draws[positions]) for name, value in feeds.items()}
+            yield Batch(feeds, self._labels_of(rows), len(rows) / self.size)
+
+    def _plan(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each backward pass the samples, and their places in the step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            bits = _bits(self.seed, _ORDER, epoch, len(self.dataset))
+            self._order = epoch, np.argsort(bits, kind="stable")
+        chosen = self._order[1][index * self.size : (index + 1) * self.size]
+        mine = np.array_split(np.arange(self.size), self.world.size)[self.world.rank]
+        return [(chosen[part], part) for part in np.array_split(mine, self.accumulate)]
 
     def ordered(self, size: int | None = None) -> Iterator[Batch]:
         """All samples in order, as they are; the last batch may be smaller."""
@@ -205,9 +216,15 @@ class Batches:
     def _labels_of(self, rows: np.ndarray) -> Tensor | None:
         return None if self._labels is None else self._labels[torch.from_numpy(rows)]
 
-    def _take(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def _take(self, rows: np.ndarray, then: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Samples by number; what is read by step is read ahead, while the model is at work."""
         if self._memory is None:
-            return self._read(rows.tolist())
+            wanted = rows.tolist()
+            feeds = self._ahead[1].result() if self._ahead and self._ahead[0] == wanted else self._read(wanted)
+            self._ahead = None
+            if then is not None:
+                self._ahead = then.tolist(), self._reader.submit(self._read, then.tolist())
+            return feeds
         index = torch.from_numpy(rows)
         return {name: value[index] for name, value in self._memory.items()}
 

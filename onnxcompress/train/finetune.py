@@ -181,6 +181,8 @@ class _Job:
         if options.val is None and not options.bn_only:
             raise RecipeError("there is no validation data, which decides what weights are kept: give --val")
         augment = Augment.parse(options.augment)
+        if options.bn_only and (augment or options.freeze or options.only):
+            raise RecipeError("--bn-only trains nothing: leave out --augment, --freeze and --train")
         check_target(self.output)
         self.say("reading the model")
         graph = load(self.source)

@@ -59,7 +59,8 @@ class TrainSettings:
         epochs: Passes over the data; ``steps`` wins.
         steps: Steps of the optimizer.
         batch: Samples in a step, over all processes.
-        accumulate: Backward passes in a step, each with its part of the samples.
+        accumulate: Backward passes in a step, each with its part of the samples, which is all that
+            BatchNormalization sees at once.
         optimizer: "adamw", or "sgd" with Nesterov momentum.
         learning_rate: Highest rate; None is 5e-4 for adamw and 1e-2 for sgd.
         weight_decay: None is 1e-2 for adamw and 1e-4 for sgd; vectors (biases, scales) have none.

@@ -320,6 +320,13 @@ def test_a_killed_run_goes_on_exactly(files, tmp_path, processes):
     process.join()
     assert process.exitcode == -signal.SIGKILL and state.exists() and not target.exists()
     assert 0 < torch.load(state, weights_only=True)["step"] < 240
+    before = state.stat().st_mtime_ns
+    interrupted = start(processes, tmp_path / "a.py", arguments(files, target, *more))
+    while state.stat().st_mtime_ns == before and interrupted.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(interrupted.pid, signal.SIGINT)
+    interrupted.join()
+    assert interrupted.exitcode == 130 and not target.exists()
     resumed = start(processes, tmp_path / "a.py", arguments(files, target, *more))
     whole = start(processes, tmp_path / "b.py", arguments(files, tmp_path / "whole.onnx", *more))
     for each in (resumed, whole):
@@ -331,7 +338,7 @@ def test_a_killed_run_goes_on_exactly(files, tmp_path, processes):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_train_what_one_trains(files, tmp_path, processes):
-    more = ["--epochs", "4", "--optimizer", "sgd", "--schedule", "constant", "--augment", "flip", "-q"]
+    more = ["--epochs", "4", "--optimizer", "sgd", "--schedule", "constant", "--augment", "flip", "--batch", "33", "-q"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -349,7 +356,7 @@ def test_two_processes_train_what_one_trains(files, tmp_path, processes):
     ours, theirs = initializers(tmp_path / "one.onnx"), initializers(tmp_path / "two.onnx")
     worst = max(np.abs(ours[name] - theirs[name]).max() / np.abs(ours[name]).max() for name in ours)
     assert changed(tmp_path / "one.onnx", files / "raw.onnx") == set(WEIGHTS)
-    assert worst < 1e-4, worst
+    assert worst < 3e-6  # measured 3.2e-7: sums in another order
 
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------
@@ -414,8 +421,9 @@ def test_bad_data_is_found_before_training(files, tmp_path, arrays, line):
         (RecipeError, "--distill needs a teacher", {"wishes": Wishes(distill=True)}),
         (RecipeError, "--feature matches tensors of a teacher", {"wishes": Wishes(features=("r",))}),
         (RecipeError, "output 'z': the model has 'scores'", {"wishes": Wishes(output="z")}),
-        (RecipeError, "'body_*' is the name of no weight; there are 8, such as deep_bias", {"freeze": ("body_*",)}),
+        (RecipeError, r"'body_\*' is the name of no weight; there are 8, such as deep_bias", {"freeze": ("body_*",)}),
         (RecipeError, "nothing is left to train", {"freeze": ("*",)}),
+        (RecipeError, "--bn-only trains nothing", {"bn_only": True, "augment": "flip"}),
         (RecipeError, "batch 2 cannot be cut into 4 parts", {"training": {"batch": 2, "accumulate": 4}}),
     ],
 )
