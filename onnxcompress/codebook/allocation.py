@@ -93,14 +93,22 @@ def allocate(layers: Sequence[Sequence[Offer]], budget_bytes: int) -> list[int]:
     return _improve(layers, budget_bytes, chosen)
 
 
-def sizes_of_interest(layers: Sequence[Sequence[Offer]]) -> list[int]:
-    """Total sizes at which the Lagrangian solution changes, rising: from everything smallest to no damage left."""
-    size = smallest_size(layers)
-    found = [size]
-    for _, _, added in _steps(layers):
-        size += added
-        found.append(size)
-    return found
+def least_size_for_damage(layers: Sequence[Sequence[Offer]], damage: float) -> list[int]:
+    """A small total size whose damage stays within a limit: the first such point of the Lagrangian path.
+
+    Args:
+        layers: The offers of each layer, at least one.
+        damage: Limit; where no allocation meets it, the least damage there is.
+
+    Returns:
+        The number of the chosen offer for each layer.
+    """
+    chosen = [pareto(offers)[0] for offers in layers]
+    for number, large, _ in _steps(layers):
+        if totals(layers, chosen).damage <= damage:
+            break
+        chosen[number] = large
+    return chosen
 
 
 def _steps(layers: Sequence[Sequence[Offer]]) -> list[tuple[int, int, int]]:
@@ -157,7 +165,7 @@ class _Bound:
         self._sizes, self._damages = np.array(sizes, np.float64), np.array(damages)
 
     def __call__(self, room: np.ndarray) -> np.ndarray:
-        return np.interp(room, self._sizes, self._damages)
+        return np.asarray(np.interp(room, self._sizes, self._damages))
 
 
 def _improve(layers: Sequence[Sequence[Offer]], budget_bytes: int, chosen: list[int]) -> list[int]:

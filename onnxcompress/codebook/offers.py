@@ -1,0 +1,294 @@
+"""What storing a layer in each possible form would cost: bytes, and the error of its output.
+
+    keep              as it is
+    float16           rounded; for weights of more than 16 bits
+    int8              one factor for each output channel
+    Choice(d, k)      codewords and indices, see ``codebook.py``
+
+Errors are relative and squared,  tr(E C E') / tr(W C W'),  C the covariance of the layer's input (the bias takes up the
+mean). Of the codebook forms only some are fitted, on some of the rows, by a few steps of EM; between them the logarithm
+of the error is linear in that of the number of codewords. Only ratios of these errors are used, see ``damage.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from onnxcompress.codebook.codebook import Choice, Statistics, size_bytes
+from onnxcompress.codebook.fitting import cluster, regularized
+from onnxcompress.codebook.narrow import to_float16, to_int8
+from onnxcompress.codebook.objective import Assignment, damped_objective, from_positions
+from onnxcompress.codebook.scaling import row_scales
+from onnxcompress.codebook.sweep import sweep
+from onnxcompress.codebook.target import covariance, energy
+
+Form = Choice | Literal["keep", "float16", "int8"]
+
+BLOCKS = (2, 3, 4, 6, 8, 9, 12, 16, 18)
+CODEWORDS = (16, 32, 64, 128, 256, 512, 1024)
+FITTED = (16, 256)  # the others lie between and beyond on a line
+VECTORS_PER_CODEWORD = 48  # in a fit; with few of them a codebook knows its sample by heart
+MIN_VECTORS = 4  # per codeword in the layer itself
+SAMPLE = 12_288
+ITERATIONS = 8
+DAMPING = 0.1
+RANDOM_START = 4  # block length from which on k-means++ gains little
+MIDDLE_BITS = 1.4  # a weight: where damage is measured
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A form of a layer with what it is expected to cost.
+
+    Attributes:
+        form: See the module's text.
+        size_bytes: Arrays in the file, without nodes and names.
+        error: Relative squared error of the layer's output.
+    """
+
+    form: Form
+    size_bytes: int
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The forms of one layer, and one of them carried out.
+
+    Attributes:
+        estimates: "keep" first.
+        middle: The form that ``decoded`` has.
+        decoded: (outputs, D) float32, the weight after a quick fit of ``middle``.
+    """
+
+    estimates: list[Estimate]
+    middle: Estimate
+    decoded: np.ndarray
+
+
+def form_text(form: Form) -> str:
+    """A form as a table shows it."""
+    if not isinstance(form, Choice):
+        return form
+    parts = [f"d={form.block} k={form.codewords}", "" if form.codebook_type == "float16" else form.codebook_type]
+    return " ".join(filter(None, [*parts, "scaled" if form.scaled else ""]))
+
+
+def blocks_for(length: int, kernel: int = 1) -> list[int]:
+    """The sub-vector lengths on offer for rows of D numbers; ``kernel`` is how many of them one input channel has."""
+    found = {block for block in (*BLOCKS, kernel, 2 * kernel) if 2 <= block <= 32 and length % block == 0}
+    return sorted(found)
+
+
+def codeword_counts(vectors: int) -> list[int]:
+    """The codebook sizes on offer for so many sub-vectors."""
+    return [size for size in CODEWORDS if MIN_VECTORS * size <= vectors]
+
+
+def plain_estimates(weight: np.ndarray, moments: np.ndarray, stored_bytes: int) -> list[Estimate]:
+    """Keep, float16 and int8, as far as they are smaller than what is stored."""
+    found = [Estimate("keep", stored_bytes, 0.0)]
+    spread = _spread(weight, moments)
+    half = 2 * weight.size
+    if half < stored_bytes:
+        found.append(Estimate("float16", half, _energy(weight - to_float16(weight).decode(), moments) / spread))
+    byte = weight.size + 4 * len(weight)
+    if byte < stored_bytes:
+        found.append(Estimate("int8", byte, _energy(weight - to_int8(weight).decode(), moments) / spread))
+    return found
+
+
+def estimate_forms(
+    weight: np.ndarray,
+    statistics: Statistics | None,
+    *,
+    stored_bytes: int,
+    has_bias: bool,
+    kernel: int = 1,
+    codebooks: bool = True,
+    swept: bool = True,
+    scalable: bool = True,
+    seed: int = 0,
+) -> Curve:
+    """Estimate every form of a layer.
+
+    Args:
+        weight: (outputs, D) float32.
+        statistics: Moments of its input in the float net; None where there are none.
+        stored_bytes: What it takes now.
+        has_bias: A bias comes with a codebook.
+        kernel: Numbers of a row that belong to one input channel.
+        codebooks: Whether codebook forms are on offer.
+        swept: Whether the layer will be swept with error feedback.
+        scalable: Whether factors of the output channels are on offer.
+        seed: Same seed, same estimates.
+
+    Returns:
+        The estimates and the middle form carried out.
+    """
+    moments = np.eye(weight.shape[1])[None] if statistics is None else covariance(statistics)
+    estimates = plain_estimates(weight, moments, stored_bytes)
+    fits = _Fits(weight, moments, seed)
+    blocks = blocks_for(weight.shape[1], kernel) if codebooks else []
+    choices = [
+        Choice(block, size)
+        for block in blocks
+        for size in codeword_counts(weight.size // block)
+        if size_bytes(weight.shape, Choice(block, size), has_bias=has_bias) < estimates[-1].size_bytes
+    ]
+    if not choices:
+        middle = estimates[-1]
+        return Curve(estimates, middle, _plain_decoded(weight, middle.form))
+    middle_choice = min(choices, key=lambda one: (abs(_bits(weight, one) - MIDDLE_BITS), one.block))
+    kinds = (False, True) if scalable else (False,)
+    tried = {kind: fits.whole(middle_choice, scaled=kind) for kind in kinds}
+    lost = {kind: fits.lost(tried[kind]) for kind in kinds}
+    for fitted in _on_line(fits, choices):
+        for kind in kinds:
+            gain = lost[kind][0] / lost[False][0] if lost[False][0] > 0 else 1.0
+            estimates.extend(_stored_forms(weight.shape, fitted, gain, kind, has_bias))
+    form = replace(middle_choice, scaled=min(kinds, key=lambda kind: lost[kind][0]))
+    least, best_decoded = lost[form.scaled]
+    if swept:
+        swept_lost, swept_decoded = fits.lost(fits.swept(tried[form.scaled]))
+        if swept_lost < least:
+            least, best_decoded = swept_lost, swept_decoded
+    error = least / _spread(weight, moments)
+    # The line's own figure at the middle is under block metrics; the ratio to it carries over to all codebook forms.
+    on_line = next(one.error for one in estimates if one.form == form)
+    factor = error / on_line if on_line > 0 else 1.0
+    estimates = [replace(one, error=one.error * factor) if isinstance(one.form, Choice) else one for one in estimates]
+    middle = Estimate(form, size_bytes(weight.shape, form, has_bias=has_bias), error)
+    return Curve(estimates, middle, best_decoded)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A codebook form under its block metrics."""
+
+    form: Choice
+    error: float  # relative, squared
+    step: float  # what int8 codewords would add
+
+
+def _stored_forms(
+    shape: Sequence[int], fitted: _Fitted, gain: float, scaled: bool, has_bias: bool
+) -> Iterable[Estimate]:
+    for kind, added in (("float16", 0.0), ("int8", fitted.step)):
+        choice = fitted.form
+        form = Choice(choice.block, choice.codewords, kind, scaled)  # type: ignore[arg-type]  # both are literals
+        yield Estimate(form, size_bytes(shape, form, has_bias=has_bias), fitted.error * gain + added)
+
+
+def _on_line(fits: _Fits, choices: Sequence[Choice]) -> Iterable[_Fitted]:
+    """Fit two codebook sizes for each block; the others by log-linear interpolation."""
+    for block in sorted({choice.block for choice in choices}):
+        sizes = [choice.codewords for choice in choices if choice.block == block]
+        small, large = (min(sizes, key=lambda size: abs(math.log(size / wanted))) for wanted in FITTED)
+        ends = {size: fits.error(Choice(block, size)) for size in {small, large}}
+        slope = -2.0 / block  # of a smooth density, where only one size could be fitted
+        if small != large and min(ends[small][0], ends[large][0]) > 0:
+            slope = math.log(ends[large][0] / ends[small][0]) / math.log(large / small)
+        for size in sizes:
+            error = ends[large][0] * (size / large) ** slope
+            yield _Fitted(Choice(block, size), error, ends[large][1])
+
+
+class _Fits:
+    """Quick fits on some rows of a layer."""
+
+    def __init__(self, weight: np.ndarray, moments: np.ndarray, seed: int) -> None:
+        self.weight, self.moments, self.seed = weight, moments, seed
+        self.groups = len(moments)
+        self.objective = damped_objective(weight, moments, damping=DAMPING)
+
+    def _rows(self, choice: Choice) -> slice | np.ndarray:
+        """Rows, the same number of every group, that give enough sub-vectors."""
+        rows = self.objective.target.shape[1]
+        wanted = max(SAMPLE, VECTORS_PER_CODEWORD * choice.codewords)
+        count = -(-wanted * choice.block // (self.groups * self.objective.target.shape[2]))
+        if count >= rows:
+            return slice(None)
+        return np.sort(np.argsort(np.random.PCG64(self.seed).random_raw(rows), kind="stable")[:count])
+
+    def _start(self, vectors: np.ndarray, size: int) -> np.ndarray:
+        """(size, d) of the vectors, drawn at random: as good as k-means++ for a ratio of errors, and free."""
+        flat = vectors.reshape(-1, vectors.shape[2])
+        return flat[np.argsort(np.random.PCG64(self.seed).random_raw(len(flat)), kind="stable")[:size]]
+
+    def error(self, choice: Choice) -> tuple[float, float]:
+        """Relative squared error under block metrics, and what int8 codewords would add to it."""
+        ones = np.ones(self.objective.target.shape[:2], np.float32)
+        metrics = self.objective.positions(choice.block)
+        vectors = self.objective.vectors(choice.block, ones)[:, self._rows(choice)]
+        found = cluster(
+            vectors,
+            metrics,
+            choice.codewords,
+            seed=self.seed,
+            # With few numbers a sub-vector codewords lie on a grid, and k-means++ finds what chance does not.
+            start=None if choice.block < RANDOM_START else self._start(vectors, choice.codewords),
+            iterations=ITERATIONS,
+            sample=1 << 30,
+        )
+        even = regularized(metrics)
+        spread = float(np.einsum("snd,sde,sne->", vectors, even, vectors, optimize=True))
+        steps = np.abs(found.codebook).max(axis=0) / 127
+        rounding = vectors.shape[1] * float(np.einsum("sdd,d->", even, steps**2)) / 12
+        if spread <= 0:
+            return 0.0, 0.0
+        return max(found.error, 0.0) / spread, rounding / spread
+
+    def whole(self, choice: Choice, *, scaled: bool) -> Assignment:
+        """A fit of all rows."""
+        target = self.objective.target
+        scales = row_scales(target) if scaled else np.ones(target.shape[:2], np.float32)
+        weights = np.repeat(scales**2, target.shape[2] // choice.block, axis=0)
+        vectors = self.objective.vectors(choice.block, scales)
+        found = cluster(
+            vectors,
+            self.objective.positions(choice.block),
+            choice.codewords,
+            seed=self.seed,
+            weights=weights,
+            start=self._start(vectors, choice.codewords),
+            iterations=ITERATIONS,
+            sample=max(SAMPLE, VECTORS_PER_CODEWORD * choice.codewords),
+        )
+        return Assignment(found.codebook, from_positions(found.indices, self.groups), scales)
+
+    def swept(self, assignment: Assignment) -> Assignment:
+        """The same codebook with indices chosen block after block, as the layer will have them in the end."""
+        return sweep(self.objective, assignment.codebook, assignment.scales)
+
+    def lost(self, assignment: Assignment) -> tuple[float, np.ndarray]:
+        """The error under the full covariance, and the weight."""
+        decoded = assignment.weight().reshape(self.weight.shape)
+        return _energy(self.weight - decoded, self.moments), decoded
+
+
+def _bits(weight: np.ndarray, choice: Choice) -> float:
+    return 8 * size_bytes(weight.shape, choice, has_bias=False) / weight.size
+
+
+def _plain_decoded(weight: np.ndarray, form: Form) -> np.ndarray:
+    if form == "int8":
+        return to_int8(weight).decode()
+    return to_float16(weight).decode() if form == "float16" else weight
+
+
+def _energy(lost: np.ndarray, moments: np.ndarray) -> float:
+    """tr(E C E') of rows (outputs, D), group by group."""
+    groups = len(moments)
+    return max(energy(lost.astype(np.float64).reshape(groups, -1, lost.shape[1]), moments), 0.0)
+
+
+def _spread(weight: np.ndarray, moments: np.ndarray) -> float:
+    """tr(W C W'), 1 where it is 0: nothing is lost by a layer that gives nothing."""
+    found = _energy(weight, moments)
+    return found if found > 0 else 1.0

@@ -1,0 +1,322 @@
+"""Which form each layer is to have: estimates, damage by running the network, and the file's size to the byte."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.codebook.allocation import Offer, allocate, least_size_for_damage, smallest_size
+from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, index_type
+from onnxcompress.codebook.damage import MAX_DAMAGE, DamageMeter
+from onnxcompress.codebook.encoding import add_low_memory_hint, encode, overhead_bytes
+from onnxcompress.codebook.layers import Layer, find_layers
+from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
+from onnxcompress.codebook.offers import Curve, Estimate, Form, estimate_forms
+from onnxcompress.codebook.resuming import Checkpoint
+from onnxcompress.codebook.statistics import Calibration
+from onnxcompress.codebook.target import corrected_bias
+from onnxcompress.codebook.workers import Workers
+from onnxcompress.errors import QuantizationError
+from onnxcompress.graph import Graph
+from onnxcompress.model_io import StagedFile, load
+
+MAX_CORRECTIONS = 8  # of the budget, until the file meets it
+Done = Callable[[Layer], None]
+
+
+class BudgetError(QuantizationError):
+    """No allocation is small enough; says how far it goes."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A form of a layer with its costs in the whole."""
+
+    form: Form
+    size_bytes: int
+    damage: float
+    error: float  # relative, of the layer's output
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(self.size_bytes, self.damage)
+
+
+@dataclass
+class Menu:
+    """What is on offer for one layer."""
+
+    name: str
+    items: list[Item]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A form for each layer.
+
+    Attributes:
+        forms: By the layer's name; "keep" ones too.
+        size_bytes: Of the file.
+        damage: Predicted, a relative squared error of the outputs.
+    """
+
+    forms: Mapping[str, Form]
+    size_bytes: int
+    damage: float
+    items: Mapping[str, Item] = field(default_factory=dict)
+
+    @property
+    def keeps_all(self) -> bool:
+        return all(form == "keep" for form in self.forms.values())
+
+
+class Planner:
+    """Allocates forms within sizes.
+
+    Args:
+        path: The model.
+        original_bytes: Its size with external data.
+        layers: Those that may change.
+        menus: What is on offer, in the order of ``layers``.
+        name: Of the file to be; that of a data file beside it stands in the file.
+    """
+
+    def __init__(
+        self, path: Path, original_bytes: int, layers: Sequence[Layer], menus: Sequence[Menu], name: str | None = None
+    ) -> None:
+        self.path, self.original_bytes, self.name = path, original_bytes, name or path.name
+        self.layers, self.menus = list(layers), list(menus)
+        self.fixed_bytes = original_bytes - sum(layer.stored_bytes for layer in layers)
+        self._sizes: dict[tuple[Form, ...], int] = {}
+
+    @property
+    def _offers(self) -> list[list[Offer]]:
+        return [[item.offer for item in menu.items] for menu in self.menus]
+
+    def smallest(self) -> Plan:
+        """Everything as small as it gets."""
+        return self._plan(allocate(self._offers, smallest_size(self._offers)))
+
+    def within(self, budget_bytes: int) -> Plan:
+        """The least damage in a file of at most so many bytes.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        if budget_bytes >= self.original_bytes:
+            return self._plan([0] * len(self.menus))
+        offers = self._offers
+        room = budget_bytes - self.fixed_bytes
+        best: Plan | None = None
+        for _ in range(MAX_CORRECTIONS):
+            if room < smallest_size(offers):
+                break
+            plan = self._plan(allocate(offers, room))
+            if plan.size_bytes <= budget_bytes:
+                if best is None or plan.damage < best.damage:
+                    best = plan
+                if budget_bytes - plan.size_bytes < 64 or best is not plan:
+                    break
+            room += budget_bytes - plan.size_bytes
+        if best is not None:
+            return best
+        plan = self.smallest()
+        if plan.size_bytes <= budget_bytes:
+            return plan
+        reached = self.original_bytes / plan.size_bytes
+        raise BudgetError(
+            f"{budget_bytes} bytes cannot be reached: the smallest file is {plan.size_bytes} bytes ({reached:.1f}x)"
+        )
+
+    def for_damage(self, damage: float) -> Plan:
+        """The smallest file of at most this damage."""
+        plan = self._plan(least_size_for_damage(self._offers, damage))
+        return plan if plan.size_bytes < self.original_bytes else self._plan([0] * len(self.menus))
+
+    def exclude(self, name: str, form: Form) -> None:
+        """Take a form that turned out impossible off a menu; "keep" always stays."""
+        for menu in self.menus:
+            if menu.name == name:
+                menu.items = [item for item in menu.items if item.form != form or item.form == "keep"]
+
+    def _plan(self, chosen: Sequence[int]) -> Plan:
+        items = {menu.name: menu.items[index] for menu, index in zip(self.menus, chosen, strict=True)}
+        forms = {name: item.form for name, item in items.items()}
+        return Plan(forms, self._exact_size(forms), sum(item.damage for item in items.values()), items)
+
+    def _exact_size(self, forms: Mapping[str, Form]) -> int:
+        """The file's size, by writing one with these forms and no content."""
+        key = tuple(forms[layer.name] for layer in self.layers)
+        if all(form == "keep" for form in key):
+            return self.original_bytes
+        if key not in self._sizes:
+            graph = load(self.path)
+            for layer in find_layers(graph)[0]:
+                form = forms.get(layer.name, "keep")
+                if form != "keep":
+                    encode(graph, layer, hollow(layer, form))
+            add_low_memory_hint(graph)
+            with (
+                tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder,
+                StagedFile(graph, Path(folder) / self.name) as staged,
+            ):
+                self._sizes[key] = staged.size_bytes
+        return self._sizes[key]
+
+
+def hollow(layer: Layer, form: Form) -> QuantizedLayer | Int8Layer | Float16Layer:
+    """A quantized layer of the right size, with numbers that mean nothing."""
+    bias = np.ones(layer.outputs, np.float32) if layer.has_bias else None
+    if form == "float16":
+        return Float16Layer(np.zeros((layer.outputs, layer.length), np.float16), bias)
+    if form == "int8":
+        factors = np.arange(1, layer.outputs + 1, dtype=np.float32)
+        return Int8Layer(np.zeros((layer.outputs, layer.length), np.int8), factors, bias)
+    assert isinstance(form, Choice)
+    whole = form.codebook_type == "int8"
+    return QuantizedLayer(
+        form,
+        np.zeros((form.codewords, form.block), np.int8 if whole else np.float16),
+        np.ones(form.block, np.float32) if whole else None,
+        np.zeros((layer.outputs, layer.length // form.block), index_type(form.codewords)),
+        np.ones(layer.outputs, np.float16) if form.scaled else None,
+        bias,
+        0.0,
+        None,
+    )
+
+
+# -- menus -----------------------------------------------------------------------------------------------------------
+
+
+def make_menus(
+    graph: Graph,
+    layers: Sequence[Layer],
+    calibration: Calibration,
+    meter: DamageMeter | None,
+    workers: Workers,
+    checkpoint: Checkpoint,
+    *,
+    method: str,
+    seed: int,
+    done: Done,
+) -> list[Menu]:
+    """Estimate every form of every layer, and run the network with each layer changed once.
+
+    Args:
+        graph: The outermost graph.
+        layers: Its layers.
+        calibration: Of the float net: nothing is replaced.
+        meter: Measures damage; None takes the error of the layer's own output for it.
+        workers: Where estimates are made.
+        checkpoint: Menus that are there are taken from it.
+        method: How the layers will be quantized.
+        seed: Same seed, same menus.
+        done: Called after each layer.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for index, layer in enumerate(layers):
+        kept = checkpoint.load(f"menu-{index:04d}")
+        if kept is not None:
+            found[layer.name] = kept
+            done(layer)
+    numbers = {layer.name: index for index, layer in enumerate(layers)}
+    if len(found) < len(layers):
+        for stage in calibration.stages():
+            waiting = [layer for layer in stage if layer.name not in found]
+
+            def finish(number: int, made: tuple[Curve, np.ndarray | None], waiting: list[Layer] = waiting) -> None:
+                layer = waiting[number]
+                found[layer.name] = _measured(layer, made, meter)
+                checkpoint.save(f"menu-{numbers[layer.name]:04d}", found[layer.name])
+                done(layer)
+
+            tasks = (
+                (
+                    layer.matrix(),
+                    layer.bias(),
+                    calibration.statistics(layer),
+                    {
+                        "stored_bytes": layer.stored_bytes,
+                        "has_bias": layer.has_bias,
+                        "kernel": _kernel(layer),
+                        "codebooks": not layer.int8_instead,
+                        "swept": method == "sweep",
+                        "scalable": method in ("sweep", "em"),
+                        "seed": seed,
+                    },
+                )
+                for layer in waiting
+            )
+            workers.map(_estimate, tasks, finish)
+    typical = _typical_sensitivity(found.values())
+    return [_menu(graph, layer, found[layer.name], typical) for layer in layers]
+
+
+def _kernel(layer: Layer) -> int:
+    window = layer.uses[0].rows.window
+    return 1 if window is None else math.prod(window.kernel)
+
+
+def _estimate(
+    weight: np.ndarray, bias: np.ndarray | None, statistics: Statistics | None, wishes: Mapping[str, Any]
+) -> tuple[Curve, np.ndarray | None]:
+    """In another process: the curve of a layer, and the bias for its middle form."""
+    curve = estimate_forms(weight, statistics, **wishes)
+    if statistics is None or not wishes["has_bias"]:
+        return curve, None
+    return curve, corrected_bias(weight, bias, curve.decoded, statistics)
+
+
+def _measured(layer: Layer, made: tuple[Curve, np.ndarray | None], meter: DamageMeter | None) -> dict[str, Any]:
+    curve, bias = made
+    damage = None
+    if meter is not None and not layer.in_body and curve.middle.form != "keep":
+        damage = meter.measure(layer, curve.decoded, bias)
+    forms = [[_written(one.form), one.size_bytes, one.error] for one in curve.estimates]
+    return {"forms": forms, "middle": [curve.middle.size_bytes, curve.middle.error], "damage": damage}
+
+
+def _typical_sensitivity(found: Any) -> float:
+    """Damage over squared error of the middle one of the layers that were tried."""
+    ratios = [one["damage"] / one["middle"][1] for one in found if one["damage"] is not None and one["middle"][1] > 0]
+    return float(np.median(ratios)) if ratios else 1.0
+
+
+def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float) -> Menu:
+    error = kept["middle"][1]
+    slope = typical if kept["damage"] is None or error <= 0 else kept["damage"] / error
+    # A change that was not felt may be felt where it is larger; never quite for nothing.
+    slope = max(slope, 1e-6 * typical, 1e-12)
+    items = []
+    new_bias = 4 * layer.outputs if layer.has_bias and layer.bias() is None else 0
+    for written, size, squared in kept["forms"]:
+        form = _read(written)
+        if form == "keep":
+            items.append(Item(form, layer.stored_bytes, 0.0, 0.0))
+            continue
+        # offers.py counts the bias of a codebook; one that is there already stays in the fixed bytes
+        arrays = size - 4 * layer.outputs if isinstance(form, Choice) and layer.has_bias else size
+        total = arrays + new_bias + overhead_bytes(graph, layer, form)
+        if total < layer.stored_bytes:
+            items.append(Item(form, total, min(slope * squared, MAX_DAMAGE), math.sqrt(squared)))
+    return Menu(layer.name, items)
+
+
+def _written(form: Form) -> Any:
+    if isinstance(form, Choice):
+        return [form.block, form.codewords, form.codebook_type, form.scaled]
+    return form
+
+
+def _read(written: Any) -> Form:
+    return Choice(*written) if isinstance(written, list) else written
+
+
+__all__ = ["BudgetError", "Estimate", "Item", "Menu", "Plan", "Planner", "hollow", "make_menus"]
