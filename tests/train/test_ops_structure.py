@@ -465,7 +465,7 @@ def test_fused_kernel_and_loop_agree(op):
     three = build(op, inputs, outputs, layout=1, **attributes)(inputs[0].transpose(0, 1), *inputs[1:])
     axes = [(2, 0, 1, 3), (1, 0, 2), (1, 0, 2)]
     for a, b, c, order in zip(one, two, three, axes, strict=False):
-        assert_close(a, b.numpy(), 1e-14)  # measured 8e-16
+        assert_close(a, b.numpy(), 4e-15)  # measured 4e-16
         assert_close(a.permute(order).contiguous(), c.numpy(), 0)
 
 
@@ -511,7 +511,7 @@ def test_dynamic_quantization_passes_the_gradient_to_the_data():
     q, scale, zero = build("DynamicQuantizeLinear", [x], 3)(x)
     product = build("MatMulInteger", [q, w, zero], float_type=torch.float64)(q, w, zero) * scale
     (gradient,) = torch.autograd.grad(product.sum(), x)
-    assert_close(gradient, np.tile(w.double().sum(1).numpy(), (4, 1)), 1e-12)  # measured 2e-16
+    assert_close(gradient, np.tile(w.double().sum(1).numpy(), (4, 1)), 5e-16)  # measured 5e-17
 
 
 def test_a_type_without_range_is_refused():

@@ -32,10 +32,10 @@ def tensor_of(values: Any, call: Call) -> Tensor:
 
 def on_one_device(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, all on the accelerator when one is: shapes and made-up values come from the CPU."""
-    device = next((tensor.device for tensor in tensors if not tensor.is_cpu), None)
-    if device is None:
-        return tensors
-    return tuple(tensor.to(device) for tensor in tensors)
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return tuple(other.to(tensor.device) for other in tensors)
+    return tensors
 
 
 def constant(call: Call) -> Function:
