@@ -520,3 +520,41 @@ def test_a_type_without_range_is_refused():
         build("QuantizeLinear", [x, scale, zero], fixed=(2,))
     with pytest.raises(ModelError, match="FLOAT8E4M3FN"):
         build("QuantizeLinear", [x, scale], opset=21, output_dtype=TensorProto.FLOAT8E4M3FN)
+
+
+OLD_FORMS = [
+    ("Slice", 9, 1, {"starts": [1, -3], "ends": [2**63 - 1, -1], "axes": [0, 2]}),
+    ("Slice", 9, 1, {"starts": [1], "ends": [3]}),
+    ("Pad", 10, 1, {"pads": [0, 1, 0, 2, 0, -1], "value": 0.5}),
+    ("Pad", 2, 1, {"pads": [0, 0, 1, 0, 0, 2], "mode": "reflect"}),
+    ("Split", 11, 2, {"axis": 1, "split": [1, 3]}),
+    ("Split", 11, 2, {"axis": -2}),
+    ("Squeeze", 11, 1, {"axes": [-2]}),
+    ("Unsqueeze", 11, 1, {"axes": [1, 3]}),
+    ("Flatten", 9, 1, {"axis": 2}),
+]
+
+
+@pytest.mark.parametrize(("op", "opset", "outputs", "attributes"), OLD_FORMS)
+def test_attributes_that_became_inputs(op, opset, outputs, attributes):
+    x = np.random.default_rng(6).normal(size=(3, 1, 5) if op == "Squeeze" else (3, 4, 5)).astype(np.float32)
+    against_onnxruntime(op, [x], opset=opset, outputs=outputs, rel=0, **attributes)
+
+
+REFUSALS = [
+    ("Scatter", {"reduction": "mean"}, "reduction 'mean'"),
+    ("ScatterND", {"reduction": "mean"}, "reduction 'mean'"),
+    ("Pad", {"mode": "mirror"}, "mode 'mirror'"),
+    ("GridSample", {"mode": "lanczos"}, "mode 'lanczos'"),
+    ("Resize", {"mode": "lanczos"}, "mode 'lanczos'"),
+    ("Resize", {"coordinate_transformation_mode": "corner"}, "coordinate_transformation_mode 'corner'"),
+    ("LSTM", {"direction": "sideways"}, "direction 'sideways'"),
+    ("GRU", {"activations": ["Sigmoid", "Swish"]}, "activations"),
+    ("Constant", {"value_string": "text"}, "value_string"),
+]
+
+
+@pytest.mark.parametrize(("op", "attributes", "named"), REFUSALS)
+def test_what_is_not_computed_is_refused_by_name(op, attributes, named):
+    with pytest.raises(ModelError, match=named):
+        build(op, [torch.ones(1, 1, 2, 2)], **attributes)
