@@ -20,7 +20,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from onnxcompress.errors import EquivalenceError, OutputError
+from onnxcompress.errors import EquivalenceError, ModelError, OutputError
+from onnxcompress.graph import STANDARD_DOMAINS
 from onnxcompress.model_io import StagedFile, read_proto
 from onnxcompress.optimizer import check_target
 from onnxcompress.runtime import Runtime
@@ -136,6 +137,9 @@ def export_module(
         for line in traced:
             logger.info("traced: %s", line)
         proto = read_proto(folder / "draft.onnx")
+        written = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), chosen)
+        if written != chosen:  # dynamo converts what it made, and keeps it where it cannot
+            raise ModelError(f"the {exporter} exporter wrote opset {written} in place of {chosen}: leave --opset out")
         calls.declare(proto)
         proto.graph.name = type(module).__name__
         graph = tidy_graph(proto, folder, module, lambda one, feeds: own.run(one.SerializeToString(), [feeds])[0])

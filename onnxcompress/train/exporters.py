@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from onnxcompress.errors import ModelError, OutputError, RecipeError
 
-OPSETS = {"torchscript": 17, "dynamo": 18}  # by default; dynamo writes nothing older
+OPSETS = {"torchscript": 17, "dynamo": 18}  # by default
+LOWEST = {"torchscript": 9, "dynamo": 18}  # below 9 torch writes IR 3, where every weight is an input
 OTHER = {"torchscript": "dynamo", "dynamo": "torchscript"}
 BATCH = "batch"
 INLINE_LIMIT_BYTES = 1 << 30  # of parameters; beyond it dynamo's weights go to a file of their own
@@ -43,9 +44,9 @@ def opset_of(exporter: str, opset: int | None) -> int:
         return OPSETS[exporter]
     from torch.onnx import _constants as limits
 
-    lowest = OPSETS["dynamo"] if exporter == "dynamo" else int(limits.ONNX_MIN_OPSET)
-    name = "ONNX_MAX_OPSET" if exporter == "dynamo" else "ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET"
-    highest = int(getattr(limits, name, OPSETS[exporter]))
+    lowest, highest = LOWEST[exporter], int(limits.ONNX_MAX_OPSET)
+    if exporter == "torchscript":
+        highest = int(getattr(limits, "ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET", highest))
     if not lowest <= opset <= highest:
         raise RecipeError(f"opset {opset}: the {exporter} exporter writes {lowest} to {highest}")
     return opset
