@@ -2,7 +2,9 @@
 
 Rows are unfolded in pieces of at most 64 MB, multiplied in float32 and summed in float64. A layer of length D gets at
 most ``rows_per_input`` * D of its rows (a seeded choice, one out of each run of neighbours, the same for both nets):
-more rows of the same pictures add time, not knowledge.
+more rows of the same pictures add time, not knowledge. The held-out error of four opennsfw layers on 18 photographs,
+against that with all 14,112 to 225,792 rows, is at most 1 % higher with 16 D rows (2 % at D = 147, but 8,192 rows are
+always used), 1 to 5 % with 8 D or 4 D, 4 to 11 % with 2 D.
 """
 
 from __future__ import annotations

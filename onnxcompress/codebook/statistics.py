@@ -28,10 +28,12 @@ from onnxcompress.codebook.moments import MIN_ROWS, Sums, add_batch, id_counts
 from onnxcompress.codebook.rows import RowSource
 from onnxcompress.codebook.segments import Network, Operation, Replacements, prune
 from onnxcompress.graph import Graph
-from onnxcompress.runtime import REFERENCE, RunOptions, Runtime
+from onnxcompress.runtime import RunOptions, Runtime
 
 logger = logging.getLogger(__name__)
 
+# Thousands of short runs: threads that spin between them would take the cores from what sums up.
+SEGMENT_OPTIONS = RunOptions(session_config={"session.intra_op.allow_spinning": "0"})
 Part = Literal["fit", "held_out"]
 Feed = Mapping[str, Any]
 
@@ -45,7 +47,8 @@ class Calibration:
         samples: Values by input name, each of one batch; None or empty for no data.
         runtime: Runs the segments.
         held_out_fraction: Part of the samples that is kept apart, at least one where there are two.
-        rows_per_input: Rows of a layer of length D at most, in multiples of D; no fewer than 8192 are used.
+        rows_per_input: Rows of a layer of length D at most, in multiples of D, and a quarter of it from what is kept
+            apart; up to 8192 rows are always used. See ``moments`` for what fewer rows cost.
         memory_limit_bytes: Tensors between segments beyond this go to temporary files.
         gram_limit_bytes: A layer whose Gram matrices would take more gets no statistics.
         options: How onnxruntime loads the segments.
@@ -64,7 +67,7 @@ class Calibration:
         rows_per_input: int = 16,
         memory_limit_bytes: int = 1 << 30,
         gram_limit_bytes: int = 3 << 30,
-        options: RunOptions = REFERENCE,
+        options: RunOptions = SEGMENT_OPTIONS,
         folder: Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -265,7 +268,8 @@ class Calibration:
             self._same_shapes(source, samples) for source in sources
         )
         sums = Sums(layer.groups, layer.length, paired)
-        most = max(MIN_ROWS, self.rows_per_input * layer.length) // (len(samples) * len(sources)) + 1
+        share = self.rows_per_input if part == "fit" else -(-self.rows_per_input // 4)
+        most = -(-max(MIN_ROWS, share * layer.length) // (len(samples) * len(sources)))
         rng = np.random.default_rng([self.seed, part == "held_out"])
         for source in sources:
             for index in samples:
