@@ -24,6 +24,7 @@ CORRECT = {
     "convnext_mini_digits": 589,
     "deit_mini_digits": 579,
     "densenet_mini_digits": 593,
+    "resnet20_fashion_mnist": 9_414,
 }
 TESTED = {"digits": 599, "fashion_mnist": 10_000}
 SIZE = {"digits": 8, "fashion_mnist": 28}
@@ -35,6 +36,7 @@ OPERATORS = {
     "convnext_mini_digits": {"Conv": 8, "LayerNormalization": 9, "MatMul": 12, "Erf": 6},
     "deit_mini_digits": {"MatMul": 24, "Softmax": 4, "LayerNormalization": 9, "Erf": 4},
     "densenet_mini_digits": {"Conv": 18, "BatchNormalization": 18, "Concat": 8, "AveragePool": 1},
+    "resnet20_fashion_mnist": {"Conv": 21, "BatchNormalization": 21, "Relu": 19, "Add": 9},
 }
 
 
