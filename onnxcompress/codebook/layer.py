@@ -10,6 +10,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -22,11 +23,11 @@ from onnxcompress.codebook.refining import descend_indices, refine
 from onnxcompress.codebook.scaling import row_scales, with_stored_values
 from onnxcompress.codebook.sweep import sweep
 from onnxcompress.codebook.target import (
+    OutputError,
     by_group,
     corrected_bias,
     covariance,
     float_target,
-    relative_error,
     second_moment,
 )
 from onnxcompress.errors import QuantizationError
@@ -68,23 +69,32 @@ class _Layer:
             return None if self.bias is None else self.bias.astype(np.float32)
         return corrected_bias(self.weight, self.bias, decoded, self.statistics)
 
-    def errors(self, decoded: np.ndarray) -> tuple[float, float | None]:
-        """Relative error on the fitted and on the held-out rows; on the weight where there are no rows."""
-        bias = self.stored_bias(decoded)
-        if self.statistics is None:
-            size = float(np.linalg.norm(self.weight.astype(np.float64)))
-            lost = float(np.linalg.norm(self.weight.astype(np.float64) - decoded))
-            fitted = lost / size if size > 0 else (0.0 if lost == 0 else float("inf"))
-        else:
-            fitted = relative_error(self.weight, self.bias, decoded, bias, self.statistics)
-        if self.held_out is None:
-            return fitted, None
-        return fitted, relative_error(self.weight, self.bias, decoded, bias, self.held_out)
+    @cached_property
+    def _fitted_error(self) -> OutputError:
+        assert self.statistics is not None
+        return OutputError(self.weight, self.bias, self.statistics)
+
+    @cached_property
+    def _held_out_error(self) -> OutputError:
+        assert self.held_out is not None
+        return OutputError(self.weight, self.bias, self.held_out)
+
+    def fitted_error(self, decoded: np.ndarray) -> float:
+        """Relative output error on the fitted rows; of the weight itself where there are none."""
+        if self.statistics is not None:
+            return self._fitted_error(decoded, self.stored_bias(decoded))
+        size = float(np.linalg.norm(self.weight.astype(np.float64)))
+        lost = float(np.linalg.norm(self.weight.astype(np.float64) - decoded))
+        return lost / size if size > 0 else (0.0 if lost == 0 else float("inf"))
+
+    def held_out_error(self, decoded: np.ndarray) -> float | None:
+        """Relative output error on the held-out rows, if there are any."""
+        return None if self.held_out is None else self._held_out_error(decoded, self.stored_bias(decoded))
 
     def judged(self, decoded: np.ndarray) -> float:
         """The error that decisions are made by: held-out where there is any."""
-        fitted, held_out = self.errors(decoded)
-        return fitted if held_out is None else held_out
+        held_out = self.held_out_error(decoded)
+        return self.fitted_error(decoded) if held_out is None else held_out
 
 
 def quantize_layer(
@@ -298,8 +308,12 @@ def _result(
     flat = indices.reshape(len(layer.weight), -1).astype(index_type(choice.codewords))
     result = QuantizedLayer(choice, codebook, factors, flat, scales, None, 0.0, None, method)
     decoded = result.decode()
-    error, held_out_error = layer.errors(decoded)
-    return replace(result, bias=layer.stored_bias(decoded), error=error, held_out_error=held_out_error)
+    return replace(
+        result,
+        bias=layer.stored_bias(decoded),
+        error=layer.fitted_error(decoded),
+        held_out_error=layer.held_out_error(decoded),
+    )
 
 
 def _matrix(assignment: Assignment) -> np.ndarray:

@@ -73,6 +73,57 @@ def corrected_bias(
     return np.asarray(shift if bias is None else bias.astype(np.float64) + shift, np.float32)
 
 
+class OutputError:
+    """||Y_f - Y_q||_F / ||Y_f - mean(Y_f)||_F over all rows and outputs of a layer, from the moments alone.
+
+    The numerator keeps a wrong mean in; the denominator is the float output's deviation from its own mean, so that an
+    error of 1 says: as bad as a constant. An output that is constant has infinite error unless it is met exactly.
+
+    With d = W - W_q and centred moments,  Y_f - Y_q = W (x_f - x_q) + d x_q  has the energy
+    tr(d C d') + 2 tr(d (X - C) W') + tr(W (F - X - X' + C) W') : taken apart around x_q, near which x_f is, it cancels
+    less than around 0. All that does not hold W_q is computed once.
+
+    Args:
+        weight: (outputs, D) of the float net.
+        bias: (outputs,) of the float net or None.
+        statistics: Moments of the inputs of both.
+    """
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray | None, statistics: Statistics) -> None:
+        float_mean = statistics.mean if statistics.float_mean is None else statistics.float_mean
+        self._mean = statistics.mean
+        self._own = covariance(statistics)
+        self._weight = by_group(weight.astype(np.float64), len(self._mean))
+        self._mean_output = np.einsum("god,gd->go", self._weight, float_mean).reshape(-1)
+        if bias is not None:
+            self._mean_output = self._mean_output + bias
+        self._mixed: np.ndarray | None = None
+        self._moved = 0.0
+        if statistics.cross is None or statistics.float_gram is None:
+            self._spread = energy(self._weight, self._own)
+            return
+        cross = statistics.cross / statistics.rows - self._mean[:, :, None] * float_mean[:, None, :]
+        float_own = statistics.float_gram / statistics.rows - float_mean[:, :, None] * float_mean[:, None, :]
+        self._spread = energy(self._weight, float_own)
+        self._mixed = self._weight @ (cross - self._own).transpose(0, 2, 1)
+        self._moved = energy(self._weight, float_own - cross - cross.transpose(0, 2, 1) + self._own)
+
+    def __call__(self, decoded: np.ndarray, bias: np.ndarray | None) -> float:
+        """The error of a quantized layer: (outputs, D) and (outputs,) or None."""
+        stored = by_group(decoded.astype(np.float64), len(self._mean))
+        mean_error = self._mean_output - np.einsum("god,gd->go", stored, self._mean).reshape(-1)
+        if bias is not None:
+            mean_error = mean_error - bias
+        difference = self._weight - stored
+        deviation = energy(difference, self._own) + self._moved
+        if self._mixed is not None:
+            deviation += 2 * float(np.einsum("god,god->", difference, self._mixed))
+        total = max(deviation, 0.0) + float(mean_error @ mean_error)
+        if self._spread <= 0:
+            return 0.0 if total == 0 else float("inf")
+        return float(np.sqrt(total / self._spread))
+
+
 def relative_error(
     weight: np.ndarray,
     bias: np.ndarray | None,
@@ -80,47 +131,8 @@ def relative_error(
     quantized_bias: np.ndarray | None,
     statistics: Statistics,
 ) -> float:
-    """||Y_f - Y_q||_F / ||Y_f - mean(Y_f)||_F over all rows and outputs, from the moments alone.
-
-    The numerator keeps a wrong mean in; the denominator is the float output's deviation from its own mean, so that an
-    error of 1 says: as bad as a constant. An output that is constant has infinite error unless it is met exactly.
-
-    Args:
-        weight: (outputs, D) of the float net.
-        bias: (outputs,) of the float net or None.
-        decoded: (outputs, D) of the quantized net.
-        quantized_bias: (outputs,) of the quantized net or None.
-        statistics: Moments of the inputs of both.
-    """
-    groups = len(statistics.mean)
-    rows = statistics.rows
-    float_mean = statistics.mean if statistics.float_mean is None else statistics.float_mean
-    own = covariance(statistics)
-    original = by_group(weight.astype(np.float64), groups)
-    stored = by_group(decoded.astype(np.float64), groups)
-    bias_shift = np.zeros(len(weight))
-    for value, sign in ((bias, 1.0), (quantized_bias, -1.0)):
-        if value is not None:
-            bias_shift = bias_shift + sign * value.astype(np.float64)
-    mean_error = (
-        np.einsum("god,gd->go", original, float_mean) - np.einsum("god,gd->go", stored, statistics.mean)
-    ).reshape(-1) + bias_shift
-    if statistics.cross is None or statistics.float_gram is None:
-        deviation = energy(original - stored, own)
-        spread = energy(original, own)
-    else:
-        cross = statistics.cross / rows - statistics.mean[:, :, None] * float_mean[:, None, :]
-        float_own = statistics.float_gram / rows - float_mean[:, :, None] * float_mean[:, None, :]
-        spread = energy(original, float_own)
-        # x_f and x_q are near each other: the square is taken apart around x_q, which cancels less than around 0
-        difference = original - stored
-        mixed = float(np.einsum("god,god->", difference @ (cross - own), original))
-        moved = energy(original, float_own - cross - cross.transpose(0, 2, 1) + own)
-        deviation = energy(difference, own) + 2 * mixed + moved
-    total = max(deviation, 0.0) + float(mean_error @ mean_error)
-    if spread <= 0:
-        return 0.0 if total == 0 else float("inf")
-    return float(np.sqrt(total / spread))
+    """The ``OutputError`` of one quantized layer."""
+    return OutputError(weight, bias, statistics)(decoded, quantized_bias)
 
 
 def energy(rows: np.ndarray, matrix: np.ndarray) -> float:
