@@ -1,6 +1,7 @@
 """Put a quantized layer into the graph, in the form that ``recipes`` describes, and its bias where it belongs.
 
-The decoded weight keeps the name of the stored one. onnxruntime folds the nodes when it loads the model; the weights
+The decoded weight keeps the name of the stored one; its constants are called ``name/indices`` and so on, or
+``w_7/indices`` where the name is long. onnxruntime folds the nodes when it loads the model; the weights
 stay packed in memory where the session is told so, see ``LOW_MEMORY_HINT``.
 """
 
@@ -12,7 +13,7 @@ from onnxcompress.codebook.codebook import Choice, QuantizedLayer, index_type
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.readers import Bias
-from onnxcompress.codebook.recipes import SIXTEEN, Recipe
+from onnxcompress.codebook.recipes import MAX_NAME, Recipe
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Constant, Graph, Node, Tensor, Variable, bodies, is_constant
 from onnxcompress.patterns.decoded_weights import CodebookWeight, decoding_nodes, find_codebooks
@@ -74,6 +75,7 @@ def overhead_bytes(graph: Graph, layer: Layer, choice: Choice | str) -> int:
         choice: A codebook, "int8" or "float16".
     """
     recipe = _empty_recipe(graph, layer)
+    recipe.name = layer.name if len(layer.name) <= MAX_NAME else "w_99"
     recipe.fresh = lambda name: name if "/" in name else f"{name}_99"
     shape = (layer.outputs, layer.length)
     if isinstance(choice, Choice):
@@ -115,6 +117,7 @@ def add_low_memory_hint(graph: Graph) -> None:
 
 def _recipe(graph: Graph, layer: Layer, quantized: Stored) -> Recipe:
     recipe = _empty_recipe(graph, layer)
+    recipe.name = layer.name if len(layer.name) <= MAX_NAME else graph.scope.fresh("w")
     recipe.fresh = graph.scope.fresh
     if isinstance(quantized, QuantizedLayer):
         return recipe.codebook(quantized)
@@ -129,11 +132,9 @@ def _empty_recipe(graph: Graph, layer: Layer) -> Recipe:
 def _place(graph: Graph, layer: Layer, recipe: Recipe) -> list[Tensor]:
     """Make the constants and nodes of a recipe, in front of all readers; returns the weight of each view."""
     tensors: dict[str, Tensor] = {
-        name: _shared(graph, name, array)
-        if name == SIXTEEN
-        else Constant(name, np.ascontiguousarray(array), home=graph)
-        for name, array in recipe.constants.items()
+        name: Constant(name, np.ascontiguousarray(array), home=graph) for name, array in recipe.constants.items()
     }
+    tensors |= {name: _shared(graph, name, array) for name, array in recipe.shared.items()}
     nodes = []
     for step in recipe.steps:
         tensors[step.output] = Variable(step.output)
@@ -157,10 +158,9 @@ def _shared(graph: Graph, name: str, array: np.ndarray) -> Constant:
     """A constant that several layers read."""
     for node in graph.nodes:
         for tensor in node.inputs:
-            if isinstance(tensor, Constant) and tensor.name == name:
+            if isinstance(tensor, Constant) and tensor.name == name and np.array_equal(tensor.values, array):
                 return tensor
-    graph.scope.names.add(name)
-    return Constant(name, array, home=graph)
+    return Constant(graph.scope.fresh(name), array, home=graph)
 
 
 def _position(graph: Graph, node: Node) -> int:

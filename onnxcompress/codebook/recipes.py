@@ -27,6 +27,7 @@ UINT4_OPSET, UINT4_IR = 21, 10
 # Two indices in a byte cost four more nodes, of about this many bytes.
 PACKING_BYTES = 250
 SIXTEEN = "onnxcompress/16"
+MAX_NAME = 24  # a longer name of a weight stands in its file often enough without its constants
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Recipe:
     """Constants by name, nodes in order, and what they make: ``weights`` has a name for each of ``views``.
 
     Attributes:
-        name: Name of the stored weight.
+        name: What the names of its constants begin with.
         views: What the operators read.
         dtype: Element type that the operators read.
         opset: The model's opset.
@@ -59,6 +60,7 @@ class Recipe:
     ir_version: int
     fresh: Callable[[str], str] = str
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    shared: dict[str, np.ndarray] = field(default_factory=dict)  # with other layers
     steps: list[Step] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
 
@@ -103,11 +105,12 @@ class Recipe:
         return name
 
     def overhead_bytes(self) -> int:
-        """Bytes of the nodes and of the constants' headers in the file; without the constants' data."""
+        """Bytes of the nodes, of the constants' headers and of what layers share; without the layer's own data."""
         nodes = [
             helper.make_node(step.op, list(step.inputs), [step.output], **step.attrs).ByteSize() for step in self.steps
         ]
         heads = [_tensor_bytes(name, array) - _data_bytes(array) for name, array in self.constants.items()]
+        heads += [_tensor_bytes(name, array) for name, array in self.shared.items()]
         return int(sum(1 + _varint_bytes(size) + size for size in nodes) + sum(heads))
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ class Recipe:
             return self._cast(self.stored("indices", indices), TensorProto.INT32)
         high, low = np.split(indices, 2, axis=axis)
         both = self._cast(self.stored("indices", (high * 16 + low).astype(np.uint8)), TensorProto.INT32)
-        self.constants[SIXTEEN] = np.array(16, np.int32)
+        self.shared[SIXTEEN] = np.array(16, np.int32)
         first = self._step("Div", both, SIXTEEN)
         second = self._step("Sub", both, self._step("Mul", first, SIXTEEN))
         return self._step("Concat", first, second, axis=axis)
@@ -154,7 +157,9 @@ class Recipe:
     def _reshaped(self, tensor: str, shape: tuple[int, ...], target: tuple[int, ...]) -> str:
         if shape == target:
             return tensor
-        return self._step("Reshape", tensor, self.stored("shape", np.array(target, np.int64)))
+        name = f"shape/{'x'.join(map(str, target))}"
+        self.shared[name] = np.array(target, np.int64)
+        return self._step("Reshape", tensor, name)
 
 
 def _data_bytes(array: np.ndarray) -> int:

@@ -148,8 +148,7 @@ def test_narrow_forms(name, form):
     assert ops(after)[:-1] == (["Cast", "Mul"] if form == "int8" else ["Cast"]) + moved
     assert decoding_nodes(graph) == set(graph.nodes) - {layer.uses[0].node}
     arrays = {t.name: t.nbytes for node in graph.nodes for t in node.inputs if t.name[:2] == "W/"}
-    stored = sum(nbytes for tensor, nbytes in arrays.items() if "shape" not in tensor)
-    assert stored == quantized.size_bytes()
+    assert sum(arrays.values()) == quantized.size_bytes()
 
 
 @pytest.mark.parametrize("packs", ["outputs", "blocks", "neither"])
@@ -249,7 +248,7 @@ def test_weight_behind_moves_and_shared():
     np.testing.assert_array_equal(a, decoded[[3, 19]])
     np.testing.assert_allclose(b, feeds["x"] @ decoded.T, rtol=1e-5, atol=1e-5)  # measured 4.8e-7
     assert ops(after) == ["Cast", "Cast", "Gather", "Reshape", "Reshape", "Transpose", "Gather", "MatMul"]
-    assert {t.name for t in after.graph.initializer} == {"W/codebook", "W/indices", "W/shape", "W/shape_1"}
+    assert {t.name for t in after.graph.initializer} == {"W/codebook", "W/indices", "shape/20x6"}
 
 
 def test_recurrence_and_its_bias():
@@ -358,6 +357,27 @@ def test_size_on_disk_is_payload_and_stated_overhead(name, form, tmp_path):
         payload = find_codebooks(graph)[0].stored_bytes
     header = 14 + 2 * len(layer.uses[0].view.shape)  # of the weight that is gone
     assert abs(new - (old - layer.stored_bytes + payload + stated)) <= 60 + header
+
+
+def test_long_names_stand_in_the_file_twice_and_shapes_once():
+    long = "a/weight/whose/name/is/as/long/as/exporters/like/them"
+    text = """g (float[1,8,9,8] x) => (float[?,?,?,?] y) {
+        a = Conv<pads = [1, 1, 1, 1]>(x, W)  y = Conv<pads = [1, 1, 1, 1]>(a, V)
+    }"""
+    proto = model(text, W=rand(8, 8, 3, 3), V=rand(8, 8, 3, 3))
+    for tensor, node, name in zip(proto.graph.initializer, proto.graph.node, (long, f"{long}_2"), strict=True):
+        tensor.name = node.input[1] = name
+    graph = graph_of(proto)
+    for layer in find_layers(graph)[0]:
+        encode(graph, layer, random_form(layer, Choice(9, 12, scaled=True)))
+    after = to_proto(graph)
+    onnx.checker.check_model(after, full_check=True)
+    names = [t.name for t in after.graph.initializer]
+    assert sorted(names) == sorted(
+        [*(f"{w}/{part}" for w in ("w", "w_1") for part in ("codebook", "indices", "scales")), "shape/8x8x3x3"]
+    )
+    assert after.SerializeToString().count(f"{long}_2".encode()) == 2
+    assert {weight.weight.name for weight in find_codebooks(graph)} == {long, f"{long}_2"}
 
 
 def test_hint_is_kept_once(tmp_path):
