@@ -218,15 +218,16 @@ def _choose_damping(
     assert layer.statistics is not None
     if damping is None and layer.held_out is None:
         damping = rule_damping(layer.statistics.rows, target.shape[1])
-    if damping is not None:
-        return damped_objective(target, moments, damping=damping)
-    tried = []
-    for candidate in DAMPINGS:
-        objective = damped_objective(target, moments, damping=candidate)
-        swept = sweep(objective, start.codebook, start.scales)
-        swept = refine(objective, swept, rounds=1, scaled=layer.choice.scaled)
-        tried.append((layer.judged(_matrix(swept)), candidate, objective))
-    return min(tried, key=lambda entry: entry[:2])[2]
+    if damping is None:
+        damping = min(DAMPINGS, key=lambda candidate: _damped_error(layer, target, moments, start, candidate))
+    return damped_objective(target, moments, damping=damping)
+
+
+def _damped_error(layer: _Layer, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float) -> float:
+    """Held-out error after one sweep and one round with this damping."""
+    objective = damped_objective(target, moments, damping=damping)
+    swept = sweep(objective, start.codebook, start.scales)
+    return layer.judged(_matrix(refine(objective, swept, rounds=1, scaled=layer.choice.scaled)))
 
 
 def _sweep_and_refine(layer: _Layer, objective: Objective, start: Assignment) -> Assignment:
