@@ -250,7 +250,7 @@ def _objective(
     distilled: dict[str, int | None] = {}
     features = tuple((ours, other or ours) for ours, _, other in (text.partition("=") for text in wishes.features))
     if teacher is not None:
-        partners = dict(teacher.outputs) if use_teacher else {}
+        partners = {n: t for n, t in teacher.outputs.items() if use_teacher and outputs[n].is_floating_point()}
         teacher = Teacher(teacher.twin, teacher.inputs, {})
         for name, theirs in partners.items():
             is_class = use_labels and kind == "classes" and name == output
@@ -259,7 +259,12 @@ def _objective(
             distilled[ours] = axis
             teacher.outputs[ours] = theirs if axis is None else logits_of(teacher.twin.graph, theirs)
     _check_teacher(twin, teacher, distilled, features, probe)
-    return WeightedSum(wishes.losses, tensor if use_labels else None, kind, distilled or None, features, teacher)
+    if not (use_labels or distilled or features):
+        raise RecipeError("no output of floats is shared with the teacher: match tensors inside, with --feature")
+    objective = WeightedSum(wishes.losses, tensor if use_labels else None, kind, distilled or None, features, teacher)
+    if any(p.requires_grad for p in twin.parameters()) and not objective(twin, probe).requires_grad:
+        raise RecipeError(f"{_text_of(objective)}: no weight that is trained has a say in it")
+    return objective
 
 
 def _class_axis(output: Tensor, wish: str, is_class: bool, chosen: bool) -> int | None:

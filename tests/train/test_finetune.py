@@ -98,7 +98,7 @@ def files(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     result = finetune(folder / "raw.onnx", folder / "trained.onnx", options)
     torch.set_num_threads(before)
-    assert result.before < 0.5 and result.after > 0.95  # measured 0.35 and 1.0
+    assert result.before < 0.5 and result.after > 0.9  # measured 0.26 and 0.96
     assert result.learned_from == "labels (classes)" and result.metric == "top1" and result.samples == 96
     return folder
 
@@ -158,7 +158,7 @@ def test_distils_without_labels(files, tmp_path):
     )
     result = finetune(student, tmp_path / "out.onnx", options)
     assert (result.metric, result.learned_from) == ("agreement", "the teacher's logits")
-    assert result.before < 0.7 and result.after > 0.95  # measured below
+    assert result.before < 0.7 and result.after > 0.9  # measured 0.53 and 0.96
 
 
 def test_features_and_values_of_a_teacher(files, tmp_path):
@@ -450,6 +450,22 @@ def test_a_teacher_that_does_not_fit(files, tmp_path):
     refused(files, tmp_path, RecipeError, "is the model itself", source="trained.onnx", **options)
     options = {"teacher": files / "trained.onnx", "wishes": Wishes(labels=True)}
     refused(files, tmp_path, RecipeError, "leaves the teacher out", **options)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "line"),
+    [
+        (Wishes(), "no output of floats is shared with the teacher"),
+        (Wishes(features=("image",)), "1 features: no weight that is trained has a say in it"),
+    ],
+)
+def test_nothing_to_learn_by(files, tmp_path, wishes, line):
+    text = TEXT.replace("float[N,3] scores", "bool[N,3] sure").replace(
+        "\n}", "\n    sure = Greater(scores, head_bias)\n}"
+    )
+    onnx.save(model(text, **WEIGHTS), tmp_path / "sure.onnx")
+    more = {"data": "train_bare.npz", "val": "val_bare.npz", "teacher": tmp_path / "sure.onnx"}
+    refused(files, tmp_path, RecipeError, line, source=tmp_path / "sure.onnx", wishes=wishes, **more)
 
 
 def test_nothing_to_estimate(tmp_path, files):

@@ -88,7 +88,7 @@ def test_learns(settings):
         trained, batches(accumulate=chosen.accumulate), CLASSES, settings=chosen, evaluation=Evaluation(accuracy)
     )
     before, after = result.figures
-    assert before < 0.6 and after > 0.95  # measured 0.37 and 0.97 to 0.99
+    assert before < 0.6 and after > 0.92  # measured 0.535 and 0.97 to 1.0
     assert accuracy(trained) == after == max(figure for _, figure in result.history)
     assert (result.steps, result.total, len(result.history)) == (120, 120, 13)
 
@@ -146,7 +146,7 @@ def test_moving_average():
         decay = min(0.25, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * state
     assert weights(trained) == seen[1]
-    np.testing.assert_allclose(np.frombuffer(weights(trained), np.float32), average, atol=1e-7)  # measured 2e-8
+    np.testing.assert_allclose(np.frombuffer(weights(trained), np.float32), average, atol=1e-7)  # measured 4.4e-8
 
 
 def test_gradients_are_clipped():
@@ -173,7 +173,7 @@ def test_several_passes_add_their_gradients():
     assert second.loss == pytest.approx(first.loss)
     for other in (several, parts):
         found, expected = (np.frombuffer(weights(each), np.float32) for each in (other, one))
-        np.testing.assert_allclose(found, expected, atol=1e-6)  # measured 6e-8
+        np.testing.assert_allclose(found, expected, atol=7e-8)  # measured 0 and 7.5e-9
 
 
 def test_groups_have_their_own_rates_and_gradients_can_be_changed():
@@ -336,7 +336,7 @@ def test_half_precision_learns_in_channels_last():
         trained, data, objective, settings=TrainSettings(epochs=10, precision="bfloat16", learning_rate=5e-3)
     )
     assert seen == {(torch.bfloat16, True, torch.float32)}
-    assert result.loss < 0.7  # measured 0.27; 1.1 at the start
+    assert result.loss < 0.8  # measured 0.57; 1.1 at the start
 
 
 @pytest.mark.parametrize(
