@@ -230,9 +230,9 @@ def table(folder: Path) -> str:
     lines = [
         "# Trained reference networks",
         "",
-        "Written by `tools/train_reference.py`; accuracy is top-1 on the test part, parameters (with the statistics of",
-        "BatchNormalization) and MACs are those of `onnxcompress inspect`. Input `image` (batch, 1, H, W) float32 in [0, 1],",
-        "output `logits` (batch, 10). `digits.onnx` is the work of `tools/train_digits.py`.",
+        "Written by `tools/train_reference.py`. Accuracy is top-1 on the test part; parameters (with the statistics of",
+        "BatchNormalization) and MACs are those of `onnxcompress inspect`. Input `image` (batch, 1, H, W) float32 in",
+        "[0, 1], output `logits` (batch, 10). `digits.onnx` is the work of `tools/train_digits.py`.",
     ]
     for data, words in DATA.items():
         files = sorted(folder.glob(f"*_{data.replace('-', '_')}.onnx"))
