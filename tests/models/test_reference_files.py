@@ -17,18 +17,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 PREFIX = "onnxcompress.export."
 
-# Correct on the test part, printed by tools/train_reference.py: of 599 digits, of 10,000 images of Fashion-MNIST.
-CORRECT = {
-    "resnet20_digits": 593,
-    "mobilenetv2_mini_digits": 594,
-    "convnext_mini_digits": 589,
-    "deit_mini_digits": 579,
-    "densenet_mini_digits": 593,
-    "resnet20_fashion_mnist": 9_414,
-}
-TESTED = {"digits": 599, "fashion_mnist": 10_000}
 SIZE = {"digits": 8, "fashion_mnist": 28}
 MAX_BYTES = {"digits": 150_000, "fashion_mnist": 1_120_000}
+# What a file must reach on the test part; what it reached when it was made stands in its properties.
+MIN_ACCURACY = {
+    "resnet20_digits": 0.985,
+    "mobilenetv2_mini_digits": 0.985,
+    "convnext_mini_digits": 0.975,
+    "deit_mini_digits": 0.955,
+    "densenet_mini_digits": 0.985,
+    "resnet20_fashion_mnist": 0.935,
+    "mobilenetv2_mini_fashion_mnist": 0.915,
+    "convnext_mini_fashion_mnist": 0.91,
+    "deit_mini_fashion_mnist": 0.89,
+    "densenet_mini_fashion_mnist": 0.915,
+}
 # Operators of the blocks that later work on these files rests on, how often.
 OPERATORS = {
     "resnet20_digits": {"Conv": 21, "BatchNormalization": 21, "Relu": 19, "Add": 9},
@@ -37,7 +40,12 @@ OPERATORS = {
     "deit_mini_digits": {"MatMul": 24, "Softmax": 4, "LayerNormalization": 9, "Erf": 4},
     "densenet_mini_digits": {"Conv": 18, "BatchNormalization": 18, "Concat": 8, "AveragePool": 1},
     "resnet20_fashion_mnist": {"Conv": 21, "BatchNormalization": 21, "Relu": 19, "Add": 9},
+    "mobilenetv2_mini_fashion_mnist": {"Conv": 25, "BatchNormalization": 25, "Clip": 17, "Add": 5},
+    "convnext_mini_fashion_mnist": {"Conv": 8, "LayerNormalization": 9, "MatMul": 12, "Erf": 6},
+    "deit_mini_fashion_mnist": {"MatMul": 36, "Softmax": 6, "LayerNormalization": 13, "Erf": 6},
+    "densenet_mini_fashion_mnist": {"Conv": 39, "BatchNormalization": 39, "Concat": 18, "AveragePool": 2},
 }
+STEMS = sorted({path.stem for path in (ROOT / "models").glob("*.onnx")} - {"digits"})
 
 
 def data_of(stem):
@@ -53,21 +61,23 @@ def open_session(stem):
     return ort.InferenceSession(models.path(stem), providers=["CPUExecutionProvider"])
 
 
-def count_correct(stem, data):
+def measure_accuracy(stem, data):
     session = open_session(stem)
     batches = data.batches(500)
-    return sum(int((session.run(["logits"], feeds)[0].argmax(1) == labels).sum()) for feeds, labels in batches)
+    return sum(int((session.run(["logits"], feeds)[0].argmax(1) == labels).sum()) for feeds, labels in batches) / len(
+        data
+    )
 
 
 def properties(stem):
     return {entry.key: entry.value for entry in onnx.load(models.path(stem)).metadata_props}
 
 
-def test_every_file_is_tested_here():
-    assert {path.stem for path in (ROOT / "models").glob("*.onnx")} == {"digits", *CORRECT}
+def test_each_network_is_there_on_digits_and_none_is_unknown():
+    assert {stem for stem in OPERATORS if data_of(stem) == "digits"} <= set(STEMS) <= set(OPERATORS)
 
 
-@pytest.mark.parametrize("stem", CORRECT)
+@pytest.mark.parametrize("stem", STEMS)
 def test_file_and_interface(stem):
     proto, size = onnx.load(models.path(stem)), SIZE[data_of(stem)]
     onnx.checker.check_model(proto, full_check=True)
@@ -83,20 +93,21 @@ def test_file_and_interface(stem):
         assert session.run(None, {"image": np.zeros((batch, 1, size, size), np.float32)})[0].shape == (batch, 10)
 
 
-@pytest.mark.parametrize("stem", CORRECT)
+@pytest.mark.parametrize("stem", STEMS)
 def test_properties_hold_accuracy_and_command(stem):
     kept, data = properties(stem), data_of(stem)
-    assert kept[PREFIX + "test_accuracy"] == f"{CORRECT[stem] / TESTED[data]:.4f}"
-    assert kept[PREFIX + "test_samples"] == str(TESTED[data])
+    assert float(kept[PREFIX + "test_accuracy"]) >= MIN_ACCURACY[stem]
+    assert kept[PREFIX + "test_samples"] == {"digits": "599", "fashion_mnist": "10000"}[data]
     name = stem.removesuffix(f"_{data}")
     assert kept[PREFIX + "command"] == f"python tools/train_reference.py {name} --data {data.replace('_', '-')}"
 
 
-@pytest.mark.parametrize("stem", [stem for stem in CORRECT if data_of(stem) == "digits"])
-def test_accuracy_on_digits(stem):
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if data_of(stem) == "digits"])
+def test_accuracy_on_digits_is_the_stated_one(stem):
     pytest.importorskip("sklearn")
-    correct = count_correct(stem, load_data("sklearn:digits", inputs=[spec_of(stem)]))
-    assert abs(correct - CORRECT[stem]) <= 1  # other kernels may round a tie the other way
+    accuracy = measure_accuracy(stem, load_data("sklearn:digits", inputs=[spec_of(stem)]))
+    # One image may fall the other way with other kernels.
+    assert abs(accuracy - float(properties(stem)[PREFIX + "test_accuracy"])) <= 1.1 / 599
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +123,13 @@ def fashion_mnist(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [stem for stem in CORRECT if data_of(stem) == "fashion_mnist"])
-def test_accuracy_on_fashion_mnist(stem, fashion_mnist):
-    correct = count_correct(stem, load_data(str(fashion_mnist), inputs=[spec_of(stem)]))
-    assert abs(correct - CORRECT[stem]) <= 3
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if data_of(stem) == "fashion_mnist"])
+def test_accuracy_on_fashion_mnist_is_the_stated_one(stem, fashion_mnist):
+    accuracy = measure_accuracy(stem, load_data(str(fashion_mnist), inputs=[spec_of(stem)]))
+    assert abs(accuracy - float(properties(stem)[PREFIX + "test_accuracy"])) <= 3 / 10_000
 
 
-@pytest.mark.parametrize("stem", CORRECT)
+@pytest.mark.parametrize("stem", STEMS)
 def test_file_is_the_architecture_with_its_weights(stem):
     torch = pytest.importorskip("torch")
     pytest.importorskip("sklearn")
