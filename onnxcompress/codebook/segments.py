@@ -24,6 +24,8 @@ from onnxcompress.graph import Constant, Graph, Node, Tensor, bodies
 from onnxcompress.model_io.stored import StoredValues
 from onnxcompress.model_io.writing import Initializer, Writer
 
+MAX_CUTS = 8  # only a weight with several readers needs more than one
+
 
 @dataclass(eq=False)
 class Operation:
@@ -163,20 +165,34 @@ class Network:
             self.operations.append(operation)
 
     def _cut(self) -> list[list[Layer]]:
-        """Give every operation its segment; returns the layers of each stage."""
-        last_use = {layer.uses[-1].node for layer in self.layers}
+        """Give every operation its segment; returns the layers of each stage.
+
+        A layer waits for the input of its last reader; those whose inputs were known before run with what stood there.
+        """
+        barriers = {layer.uses[-1].node for layer in self.layers}
+        for _ in range(MAX_CUTS):
+            starts = self._number(barriers)
+            stage_of = {layer: max(starts[use.node] for use in layer.uses) for layer in self.layers}
+            late = {use.node for layer in self.layers for use in layer.uses if starts[use.node] == stage_of[layer]}
+            if late == barriers:
+                break
+            barriers = late
+        stages: list[list[Layer]] = [[] for _ in range(max(stage_of.values(), default=-1) + 1)]
+        for layer, number in stage_of.items():
+            stages[number].append(layer)
+        return stages
+
+    def _number(self, barriers: Collection[Node]) -> dict[Node, int]:
+        """Number the segments, where these nodes wait for their weights; returns when each node's inputs are known."""
         known = dict.fromkeys(self.inputs, 0)
         starts: dict[Node, int] = {}
         for operation in self.operations:
             operation.segment = max((known.get(name, 0) for name in operation.reads), default=0)
             starts[operation.origin] = operation.segment
-            if operation.origin in last_use and not operation.is_probe:
+            if operation.origin in barriers and not operation.is_probe:
                 operation.segment += 1
             known.update(dict.fromkeys(operation.writes, operation.segment))
-        stages: dict[int, list[Layer]] = {}
-        for layer in self.layers:
-            stages.setdefault(max(starts[use.node] for use in layer.uses), []).append(layer)
-        return [stages.get(number, []) for number in range(max(stages, default=-1) + 1)]
+        return starts
 
     def _lifetimes(self) -> dict[str, int]:
         """The last segment or stage that reads each tensor."""

@@ -214,6 +214,72 @@ def test_shared_weight_sums_both_inputs(runtime):
         assert stages == [["W"]]
 
 
+def test_what_follows_a_shared_weight_waits_for_it(runtime):
+    """V reads late in one place and early in another; Z depends on both, U on the early one alone."""
+    text = """g (float[N,6] x, float[N,6] z) => (float[?,?] y, float[?,?] e) {
+        a = MatMul(x, W)  b = MatMul(a, V)  c = MatMul(z, V)  d = Add(b, c)  e = MatMul(c, U)  y = MatMul(d, Z)
+    }"""
+    weights = {name: rand(6, 6) for name in "WVUZ"}
+    graph = graph_of(model(text, **weights))
+    layers, _ = find_layers(graph)
+    x, z = rand(4, 6), rand(4, 6)
+    with Calibration(graph, layers, [{"x": x, "z": z}], runtime=runtime) as calibration:
+        names = []
+        for stage in calibration.stages():
+            names.append([layer.name for layer in stage])
+            for layer in stage:
+                if layer.name == "Z":
+                    q = x @ (2 * weights["W"]) @ (2 * weights["V"]) + z @ weights["V"]
+                    f = x @ weights["W"] @ weights["V"] + z @ weights["V"]
+                    assert_moments(calibration.statistics(layer), *(v[None].astype(np.float64) for v in (q, f)))
+                calibration.replace(layer, layer.matrix() * 2)
+        assert names == [["W", "U"], ["V"], ["Z"]]
+
+
+MODELS = {
+    "sequence": """g (float[N,6] x) => (float[?,?] y) {
+        a = MatMul(x, W)  s = SplitToSequence<axis = 1>(a)  zero = Constant<value_int = 0>()  b = MatMul(a, V)
+        u = SequenceAt(s, zero)  z = Mul(u, b)  y = MatMul(z, U)
+    }""",
+    "loop": """g (float[N,6] x) => (float[?,?] y) {
+        a = MatMul(x, W)  n = Constant<value_int = 2>()  t = Constant<value = bool {1}>()
+        b = Loop(n, t, a) <body = l (int64 i, bool p, float[?,?] v) => (bool q, float[?,?] w) {
+            q = Identity(p)  r = MatMul(v, V)  w = Add(r, a)
+        }>
+        y = MatMul(b, U)
+    }""",
+    "random": """g (float[N,6] x) => (float[?,?] y) {
+        r = RandomNormalLike(x)  d = Add(x, r)  a = MatMul(d, W)  b = Relu(a)  e = Add(b, r)  y = MatMul(e, V)
+    }""",
+    "function": """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        g (float[N,6] x) => (float[A,B] y) { a = MatMul(x, W)  b = local.f(a)  y = MatMul(b, V) }
+        <domain: "local", opset_import: ["" : 17]> f (p) => (q) { q = Relu(p) }""",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_crosses_a_cut(runtime, name):
+    """Sequences, captured tensors, random numbers that both nets must share, functions of the model."""
+    if name == "function":
+        proto = onnx.parser.parse_model(MODELS[name])
+        proto.graph.initializer.extend(numpy_helper.from_array(rand(6, 6) / 3, w) for w in "WV")
+    else:
+        proto = model(MODELS[name], **{w: rand(6, 6) / 3 for w in "WVU" if f", {w})" in MODELS[name]})
+    graph = graph_of(proto)
+    layers, _ = find_layers(graph)
+    samples = [{"x": rand(4, 6)} for _ in range(3)]
+    with Calibration(graph, layers, samples, runtime=runtime) as calibration:
+        for stage in calibration.stages():
+            for layer in stage:
+                found = calibration.statistics(layer)
+                assert (found is None) == layer.in_body
+                if (
+                    layer is [one for one in layers if not one.in_body][-1]
+                ):  # weights are the same in both nets: so must be the rows
+                    np.testing.assert_allclose(found.gram, found.cross, rtol=1e-6, atol=1e-6)  # measured 0
+                calibration.replace(layer, layer.matrix())
+
+
 def test_integers_dynamic_sizes_and_ids(runtime):
     """Samples of different lengths, a mask computed from shapes, an embedding whose ids are counted."""
     text = """g (int64[N,L] ids, int64[N,L] mask) => (float[?,?,?] y) {
