@@ -9,8 +9,7 @@
 """
 
 import logging
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -19,17 +18,11 @@ from onnxcompress.codebook.bgd import cluster_by_activations
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, check_quantizable, index_type
 from onnxcompress.codebook.fitting import Clustering, cluster, codeword_norms, nearest, regularized
 from onnxcompress.codebook.objective import Assignment, Objective, damped_objective, from_positions
+from onnxcompress.codebook.problem import LayerProblem
 from onnxcompress.codebook.refining import descend_indices, refine
 from onnxcompress.codebook.scaling import row_scales, with_stored_values
 from onnxcompress.codebook.sweep import sweep
-from onnxcompress.codebook.target import (
-    OutputError,
-    by_group,
-    corrected_bias,
-    covariance,
-    float_target,
-    second_moment,
-)
+from onnxcompress.codebook.target import by_group, float_target
 from onnxcompress.errors import QuantizationError
 
 logger = logging.getLogger(__name__)
@@ -40,61 +33,6 @@ TARGET_DAMPINGS = (0.01, 0.1, 1.0)
 EM_DAMPING = 0.1
 INT8_TOLERANCE = 0.01
 ROUNDS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """What all stages of one layer share."""
-
-    weight: np.ndarray
-    bias: np.ndarray | None
-    statistics: Statistics | None
-    held_out: Statistics | None
-    choice: Choice
-    seed: int
-    correct_bias: bool
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.statistics is None else len(self.statistics.gram)
-
-    def moments(self) -> np.ndarray:
-        """(groups, D, D): what the error is measured under."""
-        if self.statistics is None:
-            return np.eye(self.weight.shape[1])[None]
-        return covariance(self.statistics) if self.correct_bias else second_moment(self.statistics)
-
-    def stored_bias(self, decoded: np.ndarray) -> np.ndarray | None:
-        if self.statistics is None or not self.correct_bias:
-            return None if self.bias is None else self.bias.astype(np.float32)
-        return corrected_bias(self.weight, self.bias, decoded, self.statistics)
-
-    @cached_property
-    def _fitted_error(self) -> OutputError:
-        assert self.statistics is not None
-        return OutputError(self.weight, self.bias, self.statistics)
-
-    @cached_property
-    def _held_out_error(self) -> OutputError:
-        assert self.held_out is not None
-        return OutputError(self.weight, self.bias, self.held_out)
-
-    def fitted_error(self, decoded: np.ndarray) -> float:
-        """Relative output error on the fitted rows; of the weight itself where there are none."""
-        if self.statistics is not None:
-            return self._fitted_error(decoded, self.stored_bias(decoded))
-        size = float(np.linalg.norm(self.weight.astype(np.float64)))
-        lost = float(np.linalg.norm(self.weight.astype(np.float64) - decoded))
-        return lost / size if size > 0 else (0.0 if lost == 0 else float("inf"))
-
-    def held_out_error(self, decoded: np.ndarray) -> float | None:
-        """Relative output error on the held-out rows, if there are any."""
-        return None if self.held_out is None else self._held_out_error(decoded, self.stored_bias(decoded))
-
-    def judged(self, decoded: np.ndarray) -> float:
-        """The error that decisions are made by: held-out where there is any."""
-        held_out = self.held_out_error(decoded)
-        return self.fitted_error(decoded) if held_out is None else held_out
 
 
 def quantize_layer(
@@ -135,11 +73,13 @@ def quantize_layer(
     if statistics is not None and statistics.gram.shape[1] != weight.shape[1]:
         raise ValueError(f"statistics of {statistics.gram.shape[1]} inputs, the weight has rows of {weight.shape[1]}")
     if method in ("kmeans", "bgd"):
-        layer = _Layer(weight, bias, statistics, held_out, replace(choice, scaled=False), seed, correct_bias=False)
+        layer = LayerProblem(
+            weight, bias, statistics, held_out, replace(choice, scaled=False), seed, correct_bias=False
+        )
         return _quantize_by_baseline(layer, method)
     if method not in ("sweep", "em"):
         raise ValueError(f"method is {method!r}, allowed are 'sweep', 'em', 'kmeans' and 'bgd'")
-    layer = _Layer(weight, bias, statistics, held_out, choice, seed, correct_bias)
+    layer = LayerProblem(weight, bias, statistics, held_out, choice, seed, correct_bias)
     target = _choose_target(layer)
     moments = layer.moments()
     blockwise = damped_objective(target, moments, damping=EM_DAMPING if damping is None else damping)
@@ -176,7 +116,7 @@ def _judged(result: QuantizedLayer) -> float:
     return result.error if result.held_out_error is None else result.held_out_error
 
 
-def _choose_target(layer: _Layer) -> np.ndarray:
+def _choose_target(layer: LayerProblem) -> np.ndarray:
     """(outputs, D) float64: the weight to aim at."""
     statistics = layer.statistics
     weight = layer.weight.astype(np.float64)
@@ -194,7 +134,7 @@ def _choose_target(layer: _Layer) -> np.ndarray:
     return best
 
 
-def _cluster(layer: _Layer, objective: Objective) -> Assignment:
+def _cluster(layer: LayerProblem, objective: Objective) -> Assignment:
     """EM on the sub-vectors, rows brought to one size where the layer has factors."""
     choice = layer.choice
     if choice.scaled:
@@ -213,7 +153,7 @@ def _cluster(layer: _Layer, objective: Objective) -> Assignment:
 
 
 def _choose_damping(
-    layer: _Layer, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float | None
+    layer: LayerProblem, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float | None
 ) -> Objective:
     assert layer.statistics is not None
     if damping is None and layer.held_out is None:
@@ -223,14 +163,16 @@ def _choose_damping(
     return damped_objective(target, moments, damping=damping)
 
 
-def _damped_error(layer: _Layer, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float) -> float:
+def _damped_error(
+    layer: LayerProblem, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float
+) -> float:
     """Held-out error after one sweep and one round with this damping."""
     objective = damped_objective(target, moments, damping=damping)
     swept = sweep(objective, start.codebook, start.scales)
     return layer.judged(_matrix(refine(objective, swept, rounds=1, scaled=layer.choice.scaled)))
 
 
-def _sweep_and_refine(layer: _Layer, objective: Objective, start: Assignment) -> Assignment:
+def _sweep_and_refine(layer: LayerProblem, objective: Objective, start: Assignment) -> Assignment:
     """Twice: the second sweep starts from a codebook that was fitted to what a sweep leaves."""
     best, least = start, np.inf
     current = start
@@ -244,7 +186,7 @@ def _sweep_and_refine(layer: _Layer, objective: Objective, start: Assignment) ->
 
 
 def _stored(
-    layer: _Layer, objective: Objective, assignment: Assignment, method: Method, tolerance: float | None
+    layer: LayerProblem, objective: Objective, assignment: Assignment, method: Method, tolerance: float | None
 ) -> QuantizedLayer:
     """Round to the stored form, falling back from int8 to float16 where it costs too much."""
     asked = _rounded(layer, objective, assignment, layer.choice, method)
@@ -258,7 +200,7 @@ def _stored(
 
 
 def _rounded(
-    layer: _Layer, objective: Objective, assignment: Assignment, choice: Choice, method: Method
+    layer: LayerProblem, objective: Objective, assignment: Assignment, choice: Choice, method: Method
 ) -> QuantizedLayer:
     rounded, codebook, factors = with_stored_values(assignment, choice.codebook_type)
     if method == "sweep":
@@ -280,7 +222,7 @@ def _nearest_blockwise(objective: Objective, assignment: Assignment) -> np.ndarr
     return from_positions(indices, len(objective.hessian))
 
 
-def _quantize_by_baseline(layer: _Layer, method: Method) -> QuantizedLayer:
+def _quantize_by_baseline(layer: LayerProblem, method: Method) -> QuantizedLayer:
     choice = layer.choice
     objective = Objective(by_group(layer.weight, layer.groups).astype(np.float32), layer.moments())
     ones = np.ones(objective.target.shape[:2], np.float32)
@@ -298,7 +240,7 @@ def _quantize_by_baseline(layer: _Layer, method: Method) -> QuantizedLayer:
 
 
 def _result(
-    layer: _Layer,
+    layer: LayerProblem,
     choice: Choice,
     codebook: np.ndarray,
     factors: np.ndarray | None,
