@@ -124,8 +124,8 @@ def _options(wishes: dict[str, Any]) -> Any:
     except ImportError as error:
         raise RecipeError("finetune needs torch: pip install onnxcompress[train]") from error
     from onnxcompress.train.finetune import FinetuneOptions
-    from onnxcompress.train.loop import TrainSettings
     from onnxcompress.train.losses import LossSettings
+    from onnxcompress.train.settings import TrainSettings
     from onnxcompress.train.supervision import Wishes
 
     def take(*names: str, **renamed: str) -> dict[str, Any]:

@@ -30,8 +30,9 @@ from onnxcompress.runtime import REFERENCE, Runtime
 from onnxcompress.train.batches import Augment, Batches
 from onnxcompress.train.batchnorm import reestimate_batchnorm
 from onnxcompress.train.checkpoint import Checkpoint, digest
-from onnxcompress.train.loop import Evaluation, Progress, TrainResult, TrainSettings, train
+from onnxcompress.train.loop import Evaluation, Progress, TrainResult, train
 from onnxcompress.train.parallel import World, joined
+from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.supervision import Supervision, Teacher, Wishes, make_teacher, supervise
 from onnxcompress.train.torch_graph import TorchGraph
 from onnxcompress.train.weights import enters_as_weight, weight_tensors

@@ -24,8 +24,8 @@ from onnxcompress.errors import DataError, EquivalenceError, OnnxCompressError, 
 from onnxcompress.model_io import load, save
 from onnxcompress.testing import model, run
 from onnxcompress.train.finetune import FinetuneOptions, finetune
-from onnxcompress.train.loop import TrainSettings
 from onnxcompress.train.losses import LossSettings
+from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.supervision import Wishes
 
 RNG = np.random.default_rng(0)

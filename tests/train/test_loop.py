@@ -16,8 +16,9 @@ from onnxcompress.model_io import load
 from onnxcompress.testing import model
 from onnxcompress.train.batches import Batches
 from onnxcompress.train.checkpoint import Checkpoint
-from onnxcompress.train.loop import Evaluation, TrainingError, TrainSettings, parameter_groups, train
+from onnxcompress.train.loop import Evaluation, TrainingError, parameter_groups, train
 from onnxcompress.train.losses import LossSettings, WeightedSum
+from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.torch_graph import TorchGraph
 
 RNG = np.random.default_rng(0)
