@@ -21,7 +21,7 @@ from onnxcompress.errors import OnnxCompressError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-VERBS = ("optimize", "validate", "inspect", "bench", "view", "export", "finetune")  # in the order of --help
+VERBS = ("optimize", "quantize", "validate", "inspect", "bench", "view", "export", "finetune")  # in the order of --help
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from onnxcompress.codebook.damage import MAX_DAMAGE, DamageMeter
 from onnxcompress.codebook.encoding import add_low_memory_hint, encode, overhead_bytes
 from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
-from onnxcompress.codebook.offers import Curve, Estimate, Form, estimate_forms
+from onnxcompress.codebook.offers import Curve, Estimate, Form, estimate_forms, form_text
 from onnxcompress.codebook.resuming import Checkpoint
 from onnxcompress.codebook.statistics import Calibration
 from onnxcompress.codebook.target import corrected_bias
@@ -70,6 +71,12 @@ class Plan:
     size_bytes: int
     damage: float
     items: Mapping[str, Item] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """What tells plans apart."""
+        text = "\n".join(f"{name} {form_text(form)}" for name, form in self.forms.items())
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
     @property
     def keeps_all(self) -> bool:

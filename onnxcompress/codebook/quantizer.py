@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import logging
 import math
 import time
@@ -225,6 +226,8 @@ class _Job:
         self.started = time.monotonic()
         self.path, self.output, self.options, self.runtime = path, output, options, runtime
         self.report = progress or (lambda step: None)
+        if options.tune != "none":
+            _tuner()  # asked for before the work
         self.notes: list[str] = []
         self.report(Progress("reading"))
         self.proto = read_proto(path)
@@ -258,10 +261,9 @@ class _Job:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """The wishes that the result depends on."""
-        names = ("ratio", "size_bytes", "max_drop", "val", "metric", "method", "tune", "seed")
-        found = {name: getattr(self.options, name) for name in names}
-        return {**found, "keep": list(self.options.keep), "only": list(self.options.only)}
+        """The wishes that what is kept depends on; what depends on the plan carries its name."""
+        chosen = self.options
+        return {"method": chosen.method, "seed": chosen.seed, "keep": list(chosen.keep), "only": list(chosen.only)}
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -319,11 +321,21 @@ class _Job:
             return run_model(self.runtime, for_runtime(self.path), [feed], self.run_options)[0]
 
         shapes = {name: [*shape] for name, shape in self.options.input_shapes.items()}
-        return list(check_samples(self.proto, run, seed=self.options.seed, shapes=shapes))  # type: ignore[arg-type]
+        return list(check_samples(self.proto, run, seed=self.options.seed, shapes=shapes))
 
     # -- the way -----------------------------------------------------------------------------------------------------
 
     def run(self) -> QuantizeResult:
+        """Do it all."""
+        try:
+            result = self._run()
+        except QuantizationError:
+            self.checkpoint.remove()  # done, if without success
+            raise
+        self.checkpoint.remove()
+        return result
+
+    def _run(self) -> QuantizeResult:
         planner = self._planner()
         if self.options.dry_run:
             plan = self._first_plan(planner)
@@ -333,13 +345,12 @@ class _Job:
             result = self._within_drop(planner, self.options.max_drop)
         else:
             plan = self._first_plan(planner)
-            made, plan = self._quantize(planner, plan, "layers", lambda: self._first_plan(planner))
+            made, plan = self._quantize(planner, plan, lambda: self._first_plan(planner))
             with self._staged(made) as staged:
                 quality = self._judge(staged)
                 self._check_budget(staged.size_bytes)
                 result = self._result(plan, made, quality, self.output, staged.size_bytes)
                 staged.commit()
-        self.checkpoint.remove()
         return result
 
     def _planner(self) -> Planner:
@@ -403,14 +414,10 @@ class _Job:
         best: tuple[StagedFile, QuantizeResult] | None = None
         nearest: tuple[float, int] | None = None
         with contextlib.ExitStack() as stack:
-            for trial in range(MAX_TRIALS):
+            for _ in range(MAX_TRIALS):
                 plan = planner.for_damage(damage)
-                made, plan = self._quantize(
-                    planner,
-                    plan,
-                    f"trial{trial}",
-                    lambda wanted=damage: planner.for_damage(wanted),  # type: ignore[misc]  # bound now
-                )
+                replan = functools.partial(planner.for_damage, damage)
+                made, plan = self._quantize(planner, plan, replan)
                 staged = stack.enter_context(self._staged(made))
                 quality = self._judge(staged)
                 logger.info("%s bytes: %s drops by %.4f", staged.size_bytes, quality.criterion, quality.drop)
@@ -429,7 +436,7 @@ class _Job:
                 damage = _next_damage(damage, quality.drop, limit, good, bad)
             if best is None:  # the original itself drops by nothing
                 plan = planner.within(planner.original_bytes)
-                made, plan = self._quantize(planner, plan, "copy", lambda: plan)
+                made, plan = self._quantize(planner, plan, lambda: plan)
                 staged = stack.enter_context(self._staged(made))
                 best = staged, self._result(plan, made, self._judge(staged), self.output, staged.size_bytes)
                 if nearest is not None:
@@ -442,18 +449,18 @@ class _Job:
     # -- layers ------------------------------------------------------------------------------------------------------
 
     def _quantize(
-        self, planner: Planner, plan: Plan, label: str, replan: Callable[[], Plan]
+        self, planner: Planner, plan: Plan, replan: Callable[[], Plan]
     ) -> tuple[dict[str, tuple[Stored, float | None]], Plan]:
         """All layers of a plan, in execution order; a form that turns out impossible is planned around."""
         while True:
             try:
-                return self._quantize_once(plan, label), plan
+                return self._quantize_once(plan), plan
             except _Impossible as found:
                 self.notes.append(f"{found.name} cannot be stored as {form_text(found.form)}: {found.reason}")
                 planner.exclude(found.name, found.form)
                 plan = replan()
 
-    def _quantize_once(self, plan: Plan, label: str) -> dict[str, tuple[Stored, float | None]]:
+    def _quantize_once(self, plan: Plan) -> dict[str, tuple[Stored, float | None]]:
         changed = [layer for layer in self.layers if plan.forms[layer.name] != "keep"]
         made: dict[str, tuple[Stored, float | None]] = {}
         if not changed:
@@ -465,7 +472,7 @@ class _Job:
             for stage in calibration.stages():
                 waiting = []
                 for layer in stage:
-                    name = f"{label}-{numbers[layer.name]:04d}"
+                    name = f"{plan.digest}-{numbers[layer.name]:04d}"
                     kept = self.checkpoint.load_layer(name)
                     error = self.checkpoint.load(name)
                     if kept is not None and error is not None and _form_of(kept) == plan.forms[layer.name]:
@@ -479,7 +486,7 @@ class _Job:
                     if isinstance(found, str):
                         raise _Impossible(layer.name, plan.forms[layer.name], found)
                     made[layer.name] = found
-                    name = f"{label}-{numbers[layer.name]:04d}"
+                    name = f"{plan.digest}-{numbers[layer.name]:04d}"
                     self.checkpoint.save_layer(name, found[0])
                     self.checkpoint.save(name, {"error": found[1]})
                     self.report(Progress("quantizing", layer.name, len(made), len(changed)))
@@ -521,12 +528,17 @@ class _Job:
         return StagedFile(graph, self.output)
 
     def _tune(self, graph: Graph) -> None:
-        try:
-            from onnxcompress.train.codebook_finetune import tune
-        except ImportError as error:
-            raise RecipeError("--tune needs torch: pip install onnxcompress[train]") from error
+        tune = _tuner()
         self.report(Progress("tuning"))
-        tune(graph, self.fit, self.held_out, reference_model=self.path, mode=self.options.tune)
+
+        def step(state: Any) -> None:
+            self.report(Progress("tuning", "", state.step, state.steps))
+
+        done = tune(graph, self.fit, self.held_out, reference_model=self.path, mode=self.options.tune, progress=step)
+        self.notes.append(
+            f"tuned for {done.steps} steps: relative error {done.before:.4f} -> {done.after:.4f} on held-out samples; "
+            "errors of layers are those before"
+        )
 
     def _judge(self, staged: StagedFile) -> Quality:
         """Check and measure the written file."""
@@ -602,6 +614,14 @@ def _quantize_task(
         return narrow.stored, narrow.error if narrow.held_out_error is None else narrow.held_out_error
     except QuantizationError as error:
         return str(error)
+
+
+def _tuner() -> Callable[..., Any]:
+    try:
+        from onnxcompress.train.codebook_finetune import tune
+    except ImportError as error:
+        raise RecipeError("--tune needs torch: pip install onnxcompress[train]") from error
+    return tune
 
 
 def _form_of(stored: Stored) -> Form:
