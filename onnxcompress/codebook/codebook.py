@@ -53,6 +53,10 @@ class Statistics:
             if value is not None and value.shape != self.gram.shape:
                 raise ValueError(f"{name} has shape {value.shape}, expected {self.gram.shape}")
 
+    def is_finite(self) -> bool:
+        given = (self.gram, self.mean, self.cross, self.float_mean, self.float_gram)
+        return all(bool(np.isfinite(value).all()) for value in given if value is not None)
+
 
 @dataclass(frozen=True)
 class Choice:

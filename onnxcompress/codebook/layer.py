@@ -72,6 +72,9 @@ def quantize_layer(
     check_quantizable(weight, choice)
     if statistics is not None and statistics.gram.shape[1] != weight.shape[1]:
         raise ValueError(f"statistics of {statistics.gram.shape[1]} inputs, the weight has rows of {weight.shape[1]}")
+    for name, rows in (("calibration", statistics), ("held-out", held_out)):
+        if rows is not None and not rows.is_finite():
+            raise QuantizationError(f"the {name} samples give this layer NaN or infinite inputs; keep this layer")
     if method in ("kmeans", "bgd"):
         layer = LayerProblem(
             weight, bias, statistics, held_out, replace(choice, scaled=False), seed, correct_bias=False

@@ -306,6 +306,18 @@ def test_refuses(weight, choice, message):
         quantize_layer(weight, None, None, choice, seed=0)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_refuses_statistics_of_an_overflow(value):
+    rng = np.random.default_rng(17)
+    weight, bias = layer(rng)
+    good = moments(correlated(rng, 100, 48))
+    bad = dataclasses.replace(good, mean=np.full_like(good.mean, value))
+    with pytest.raises(QuantizationError, match="calibration samples give this layer NaN or infinite inputs"):
+        quantize_layer(weight, bias, bad, PLAIN, seed=0)
+    with pytest.raises(QuantizationError, match="held-out samples give"):
+        quantize_layer(weight, bias, good, PLAIN, seed=0, held_out=bad)
+
+
 def test_what_is_just_within_the_limits_is_quantized():
     weight = broken(0)
     assert quantize_layer(weight, None, None, Choice(4, 96), seed=0).error < 0.5
