@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnxcompress.codebook.biases import Bias
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, index_type
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
-from onnxcompress.codebook.readers import Bias
 from onnxcompress.codebook.recipes import MAX_NAME, Recipe
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Constant, Graph, Node, Tensor, Variable, bodies, is_constant

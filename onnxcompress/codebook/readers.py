@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcompress.codebook.biases import Bias, added_bias, own_bias, recurrent_bias
 from onnxcompress.codebook.rows import Form, RowSource, Window
 from onnxcompress.codebook.views import (
     Origin,
@@ -24,7 +25,7 @@ from onnxcompress.codebook.views import (
     is_stored,
     rows_view,
 )
-from onnxcompress.graph import Graph, Node, Tensor, is_op, optional_input, rank, static_shape
+from onnxcompress.graph import Graph, Node, Tensor, optional_input
 
 RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1}  # gates
 CANDIDATES = frozenset({"Conv", "ConvTranspose", "Gather", "Gemm", "MatMul", *RECURRENT})
@@ -39,52 +40,7 @@ QUANTIZED_OPERATORS = {
     "QLinearMatMul": 3,
     "DynamicQuantizeMatMul": 1,
 }
-# From this many numbers per row an Add behind a MatMul is below 1/16 of its reads and writes.
-MIN_LENGTH_FOR_ADD = 256
-
 Refused = tuple[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class Bias:
-    """Where a layer's bias is, or goes.
-
-    Attributes:
-        node: The node that reads it; for a MatMul the Add behind it, or the MatMul itself where there is no Add.
-        slot: Its input; the next free one where there is no bias yet.
-        shape: Shape of the whole tensor in the file.
-        part: The layer's own part of the last axis, for recurrences; None for all of it.
-        origin: Where it is stored; None where there is no bias yet.
-        new_add: It needs an Add behind the node.
-    """
-
-    node: Node
-    slot: int
-    shape: tuple[int, ...]
-    part: slice | None = None
-    origin: Origin | None = None
-    new_add: bool = False
-
-    def values(self) -> np.ndarray | None:
-        """(outputs,) float32."""
-        if self.origin is None:
-            return None
-        whole = np.broadcast_to(self.origin.values().astype(np.float32), self.shape)
-        return (whole if self.part is None else whole[..., self.part]).reshape(-1)
-
-    def with_part(self, vector: np.ndarray, whole: np.ndarray | None = None) -> np.ndarray:
-        """The whole tensor, float32, with the layer's part set to ``vector``.
-
-        Args:
-            vector: (outputs,) values.
-            whole: The tensor as it is now; as stored, or zeros, by default.
-        """
-        if whole is None:
-            whole = np.zeros(self.shape, np.float32) if self.origin is None else self.origin.values()
-        made = np.array(np.broadcast_to(whole.astype(np.float32), self.shape))
-        part = made if self.part is None else made[..., self.part]
-        part[...] = vector.reshape(part.shape)
-        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +145,7 @@ def _read_conv(node: Node, origin: Origin, shape: tuple[int, ...]) -> Use | str:
     if window.pads is not None and min(window.pads) < 0:
         return f"Conv {node.name!r} has a negative pad"
     source = RowSource("patches", node.inputs[0].name, group, window)
-    return Use(node, 1, "Conv", origin, rows_view(shape, shape[0]), source, group, _own_bias(node, shape[0]))
+    return Use(node, 1, "Conv", origin, rows_view(shape, shape[0]), source, group, own_bias(node, shape[0]))
 
 
 def _read_conv_transpose(node: Node, origin: Origin, shape: tuple[int, ...]) -> Use | str:
@@ -197,7 +153,7 @@ def _read_conv_transpose(node: Node, origin: Origin, shape: tuple[int, ...]) -> 
         return f"a ConvTranspose weight of shape {list(shape)} has no kernel axis"
     group = int(node.attrs.get("group", 1))
     source = RowSource("spread patches", node.inputs[0].name, group, _window(node, shape[2:]))
-    bias = _own_bias(node, shape[1] * group)
+    bias = own_bias(node, shape[1] * group)
     return Use(node, 1, "ConvTranspose", origin, conv_transpose_view(shape, group), source, group, bias)
 
 
@@ -209,29 +165,8 @@ def _read_gemm(graph: Graph, node: Node, slot: int, origin: Origin, shape: tuple
     factors = [float(node.attrs.get(name, 1.0)) for name in ("alpha", "beta")]
     # C is optional since opset 11.
     addable = factors == [1.0, 1.0] and (graph.opset >= 11 or optional_input(node, 2) is not None)
-    bias = _own_bias(node, view.outputs) if addable else None
+    bias = own_bias(node, view.outputs) if addable else None
     return Use(node, 1, "Gemm", origin, view, RowSource(form, node.inputs[0].name), bias=bias)
-
-
-def _own_bias(node: Node, outputs: int) -> Bias | None:
-    """The bias at input 2 of a Conv, ConvTranspose or Gemm."""
-    tensor = optional_input(node, 2)
-    if tensor is None:
-        return Bias(node, 2, (outputs,))
-    origin = _stored_origin(tensor)
-    if origin is None:
-        return None
-    shape = origin.values().shape
-    if shape in ((outputs,), (1, outputs), (1,), ()):
-        return Bias(node, 2, (outputs,) if len(shape) < 2 else shape, origin=origin)
-    return None
-
-
-def _stored_origin(tensor: Tensor) -> Origin | None:
-    if not is_stored(tensor):
-        return None
-    origin = find_origin(tensor)
-    return origin if isinstance(origin, Origin) and origin.root_values().dtype.kind == "f" else None
 
 
 def _read_matmul(graph: Graph, node: Node, slot: int, origin: Origin, shape: tuple[int, ...]) -> Use | str:
@@ -240,25 +175,8 @@ def _read_matmul(graph: Graph, node: Node, slot: int, origin: Origin, shape: tup
         return f"MatMul {node.name!r} reads it as {len(shape)} axes {list(shape)}, not as one matrix"
     if slot == 0:
         return Use(node, 0, "MatMul", origin, rows_view(shape, shape[-2]), RowSource("last but one axis", other))
-    bias = _added_bias(graph, node, shape[-1], shape[-2])
+    bias = added_bias(graph, node, shape[-1], shape[-2])
     return Use(node, 1, "MatMul", origin, columns_view(shape), RowSource("last axis", other), bias=bias)
-
-
-def _added_bias(graph: Graph, node: Node, outputs: int, length: int) -> Bias | None:
-    """The constant row that the one reader of a MatMul adds, or the place for one."""
-    after = graph.only_reader(node.outputs[0])
-    if after is not None and is_op(after, "Add"):
-        slot = 1 if after.inputs[0] is node.outputs[0] else 0
-        origin = _stored_origin(after.inputs[slot])
-        if origin is not None:
-            shape = origin.values().shape
-            axes = rank(node.outputs[0])
-            row = shape == (outputs,) or (shape[-1:] == (outputs,) and all(size == 1 for size in shape[:-1]))
-            if row and (len(shape) == 1 or (axes is not None and len(shape) <= axes)):
-                return Bias(after, slot, shape, origin=origin)
-    if length < MIN_LENGTH_FOR_ADD:
-        return None
-    return Bias(node, 2, (outputs,), new_add=True)
 
 
 def _read_gather(node: Node, origin: Origin, shape: tuple[int, ...]) -> Use | str:
@@ -273,7 +191,7 @@ def _read_recurrent(node: Node, slot: int, origin: Origin, shape: tuple[int, ...
     directions, rows = shape[:2]
     layout = int(node.attrs.get("layout", 0))
     view = rows_view(shape, directions * rows)
-    bias = _recurrent_bias(node, slot, directions, rows)
+    bias = recurrent_bias(node, slot, directions, rows)
     kind = f"{node.op} {'W' if slot == 1 else 'R'}"
     if slot == 1:
         return Use(node, slot, kind, origin, view, RowSource("last axis", node.inputs[0].name), bias=bias)
@@ -292,14 +210,3 @@ def _read_recurrent(node: Node, slot: int, origin: Origin, shape: tuple[int, ...
 def hidden_states_name(node: Node) -> str:
     """What the hidden states of all steps are called; the node itself may leave that output out."""
     return f"{node.inputs[1].name}/{node.name or node.op}/hidden_states"
-
-
-def _recurrent_bias(node: Node, slot: int, directions: int, rows: int) -> Bias | None:
-    part = slice(0, rows) if slot == 1 else slice(rows, 2 * rows)
-    tensor = optional_input(node, 3)
-    if tensor is None:
-        return Bias(node, 3, (directions, 2 * rows), part)
-    origin = _stored_origin(tensor)
-    if origin is None or static_shape(tensor) not in ((directions, 2 * rows), None):
-        return None
-    return Bias(node, 3, (directions, 2 * rows), part, origin)
