@@ -35,8 +35,6 @@ LOW_MEMORY_HINT = (
     "weights are decoded when the model is loaded; to keep them packed: SessionOptions.add_session_config_entry("
     '"optimization.constant_folding_max_output_size_in_bytes", "65536")'
 )
-MIN_OPSET = 7  # Mul broadcasts, Cast knows its types by number
-
 Stored = QuantizedLayer | Int8Layer | Float16Layer
 
 
@@ -49,10 +47,8 @@ def encode(graph: Graph, layer: Layer, quantized: Stored) -> None:
         quantized: What to store: a codebook, int8 or float16.
 
     Raises:
-        QuantizationError: The opset is too old, or there is a corrected bias and no place for it.
+        QuantizationError: There is a corrected bias and no place for it.
     """
-    if graph.opset < MIN_OPSET:
-        raise QuantizationError(f"{layer.name!r}: opset {graph.opset} cannot decode a weight, {MIN_OPSET} is needed")
     if quantized.bias is not None and not layer.has_bias:
         raise QuantizationError(f"{layer.name!r} has no place for a bias; quantize it with correct_bias=False")
     recipe = _recipe(graph, layer, quantized)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.codebook.readers import CANDIDATES, QUANTIZED_OPERATORS, Use, read_uses
+from onnxcompress.codebook.recipes import MIN_OPSET
 from onnxcompress.codebook.views import FLOATS, static_nodes
 from onnxcompress.cost import node_macs
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Node, Tensor, is_op
@@ -164,6 +165,8 @@ def why_not_layer(graph: Graph, root: Tensor, uses: list[Use]) -> str | None:
     stray = _stray_reader(chain, uses)
     if stray is not None:
         return f"{stray.op} {stray.name!r} reads it too, and would keep the original in the file"
+    if graph.opset < MIN_OPSET:
+        return f"opset {graph.opset} cannot decode a weight, {MIN_OPSET} is needed"
     values = uses[0].origin.values()
     if values.dtype.name not in FLOATS:
         return f"it is {values.dtype.name}, not {' or '.join(FLOATS)}"

@@ -23,6 +23,7 @@ from onnxcompress.codebook.codebook import QuantizedLayer
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.views import View
 
+MIN_OPSET = 7  # Mul broadcasts, Cast knows its types by number
 UINT4_OPSET, UINT4_IR = 21, 10
 # Two indices in a byte cost four more nodes, of about this many bytes.
 PACKING_BYTES = 250
