@@ -7,6 +7,7 @@
     |-- OutputError              the output cannot be written: folder, permission, full disk    exit 2
     |-- RuntimeFailure           onnxruntime refused or crashed on a model                      exit 2
     |-- PassError                our bug: a pass broke the graph; names pass and node           exit 1
+    |-- TrainingError            the loss or a weight became NaN or infinite                    exit 1
     |-- QuantizationError        a weight that cannot be quantized as asked                     exit 1
     `-- EquivalenceError         outputs differ by more than allowed                            exit 1
 
@@ -43,6 +44,12 @@ class RuntimeFailure(OnnxCompressError):
 
 class PassError(OnnxCompressError):
     """A pass left a broken graph: our bug, with pass and node named."""
+
+    exit_code = 1
+
+
+class TrainingError(OnnxCompressError):
+    """Training cannot go on: the loss or a weight is no number any more."""
 
     exit_code = 1
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from onnxcompress.errors import ModelError, OutputError, RecipeError
 
@@ -94,7 +95,7 @@ def write_model(
             raise OutputError(f"cannot write into {path.parent.parent}: {error.strerror or error}") from error
         except Exception as error:  # whatever torch or the module's own code may raise
             raise ModelError(_failure(module, exporter, error)) from error
-    traced = [w for w in caught if issubclass(w.category, torch.jit.TracerWarning)]
+    traced = [w for w in caught if issubclass(w.category, TracerWarning)]
     return list(dict.fromkeys(f"{w.filename}:{w.lineno}: {_short(str(w.message).split('. ')[0])}" for w in traced))
 
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from onnxcompress.errors import OnnxCompressError, RecipeError
+from onnxcompress.errors import RecipeError, TrainingError
 from onnxcompress.train import schedules
 from onnxcompress.train.batches import Batch, torch_seed
 from onnxcompress.train.checkpoint import Checkpoint
@@ -50,20 +50,6 @@ __all__ = [
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 State = dict[str, Tensor]
-
-
-class TrainingError(OnnxCompressError):
-    """Training cannot go on: the loss or a weight is no number any more."""
-
-    exit_code = 1
-
-
-class StepBatches(Protocol):
-    """What the loop asks of its data; see ``Batches``."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-    def at(self, step: int) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)

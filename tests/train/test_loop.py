@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from onnxcompress.data import Dataset
-from onnxcompress.errors import RecipeError
+from onnxcompress.errors import RecipeError, TrainingError
 from onnxcompress.model_io import load
 from onnxcompress.testing import model
 from onnxcompress.train.batches import Batches
 from onnxcompress.train.checkpoint import Checkpoint
-from onnxcompress.train.loop import Evaluation, TrainingError, parameter_groups, train
+from onnxcompress.train.loop import Evaluation, parameter_groups, train
 from onnxcompress.train.losses import LossSettings, WeightedSum
 from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.torch_graph import TorchGraph
