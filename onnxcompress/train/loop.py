@@ -52,6 +52,14 @@ _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 State = dict[str, Tensor]
 
 
+class StepBatches(Protocol):
+    """What the loop asks of its data; see ``Batches``."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def at(self, step: int) -> Iterator[Batch]: ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How good a model is.
