@@ -75,6 +75,7 @@ from onnxcompress.passes.inline_constant_if import InlineConstantIf
 from onnxcompress.passes.replace_constant_nodes import ReplaceConstantNodes
 from onnxcompress.passes.replace_conv_before_pool import ReplaceConvBeforePool
 from onnxcompress.passes.replace_min_max_with_clip import ReplaceMinMaxWithClip
+from onnxcompress.passes.replace_transposed_batchnorm import ReplaceTransposedBatchNorm
 from onnxcompress.passes.simplify_shape_computation import SimplifyShapeComputation
 
 # Within a group the order is the order of running; the reasons stand beside the lines.
@@ -135,6 +136,8 @@ FUSION = (
     FuseReshapeIntoReduce,
 )
 FOLDING = (
+    # The affine folds behind it take what it leaves.
+    ReplaceTransposedBatchNorm,
     # BatchNormalization -> Pad -> Conv only shows afterwards.
     FusePadIntoConv,
     FusePadIntoPool,
