@@ -160,7 +160,7 @@ class SearchSettings:
         if method == "greedy":
             return blocks * (blocks + 1) // 2
         every = 0
-        for every, _ in enumerate(budget.candidates(), 1):  # noqa: B007  # counted
+        for every, _ in enumerate(budget.candidates(), 1):  # counted
             if every > MOST_CANDIDATES:
                 break
         if method == "exhaustive":
