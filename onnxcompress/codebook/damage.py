@@ -2,13 +2,15 @@
 
 Output probabilities say little once they are near 0 or 1, and two classes say little about features. So the error is
 taken before a final Softmax or Sigmoid, and at the input of the layer that makes the output as well. At each of these
-places it is relative and squared,  sum |y - y'|^2 / sum |y - mean y|^2;  the damage is their mean. For small errors it
-is proportional to the squared error of the layer's own output, which is what ``offers.py`` estimates for every form.
+places it is relative and squared,  sum |y - y'|^2 / sum |y - mean y|^2,  the mean that over the samples, or for what a
+Softmax reads that over the classes, which it does not notice. The damage is the mean over these places. For small
+errors it is proportional to the squared error of the layer's own output, which ``offers.py`` estimates for every form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.segments import Network, Replacements, prune
-from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op
+from onnxcompress.graph import Graph, Node, Tensor, is_constant, is_op, rank
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.validation.equivalence import run_model
 
@@ -28,32 +30,54 @@ LAYERS = ("Gemm", "MatMul", "Conv", "ConvTranspose")
 MAX_DAMAGE = 4.0  # an error twice as large as the output: more says nothing more
 
 
-def find_taps(graph: Graph) -> list[str]:
-    """Names of the tensors to measure at: behind each output, the last one that is not saturated, and the features."""
-    taps: list[str] = []
+@dataclass(frozen=True)
+class Tap:
+    """A tensor to measure at.
+
+    Attributes:
+        name: The tensor.
+        classes: A Softmax over the last axis reads it.
+    """
+
+    name: str
+    classes: bool = False
+
+
+def find_taps(graph: Graph) -> list[Tap]:
+    """Where to measure: behind each output, the last tensor that is not saturated, and the features it is made of."""
+    taps: dict[str, Tap] = {}
     for output in graph.outputs:
-        tensor = _unsaturated(output)
+        tensor, classes = _unsaturated(output)
         if not _is_float(tensor):
             continue
-        taps.append(tensor.name)
+        taps.setdefault(tensor.name, Tap(tensor.name, classes))
         features = _features(tensor)
         if features is not None and _is_float(features):
-            taps.append(features.name)
+            taps.setdefault(features.name, Tap(features.name))
     inputs = {tensor.name for tensor in graph.inputs}
-    return [name for name in dict.fromkeys(taps) if name and name not in inputs]
+    return [tap for name, tap in taps.items() if name and name not in inputs]
 
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.dtype is None or np.dtype(tensor.dtype).kind == "f"
 
 
-def _unsaturated(tensor: Tensor) -> Tensor:
+def _unsaturated(tensor: Tensor) -> tuple[Tensor, bool]:
+    """Where an output's numbers come from, and whether the last thing done to them was a Softmax over the last axis."""
+    classes = False
     while tensor.inputs and is_op(tensor.inputs[0], *SATURATING, *MOVING, *CHOOSING):
-        before = tensor.inputs[0].inputs[0]
+        node: Node = tensor.inputs[0]
+        before = node.inputs[0]
         if is_constant(before) or not before.inputs:
             break
+        if is_op(node, "Softmax", "LogSoftmax"):
+            axes = rank(before)
+            axis = int(node.attrs.get("axis", -1 if node.graph is None or node.graph.opset >= 13 else 1))
+            classes = axis == -1 or (axes is not None and axis == axes - 1)
+        elif not is_op(node, "Identity", "Cast", *CHOOSING):
+            classes = False
         tensor = before
-    return tensor
+    return tensor, classes
 
 
 def _features(tensor: Tensor) -> Tensor | None:
@@ -91,8 +115,9 @@ class DamageMeter:
         self._options = RunOptions("off", custom_ops=custom_ops)
         self._network = Network(graph, layers, list(feeds[0]))
         made = {name for operation in self._network.operations for name in operation.writes}
-        self.taps = [name for name in find_taps(graph) if name in made]
-        self._operations = prune(self._network.operations, self.taps)
+        self.taps = [tap for tap in find_taps(graph) if tap.name in made]
+        self._names = [tap.name for tap in self.taps]
+        self._operations = prune(self._network.operations, self._names)
         self._expected = self._run(None) if self.taps else []
 
     def measure(self, layer: Layer, decoded: np.ndarray, bias: np.ndarray | None) -> float:
@@ -101,25 +126,39 @@ class DamageMeter:
             return 0.0
         replacements = Replacements()
         replacements.replace(layer, decoded, bias)
-        return relative_damage(self._expected, self._run(replacements))
+        return relative_damage(self.taps, self._expected, self._run(replacements))
 
     def _run(self, replacements: Replacements | None) -> list[list[Any]]:
-        model = self._network.model(self._operations, self._feeds[0], self.taps, replacements)
+        model = self._network.model(self._operations, self._feeds[0], self._names, replacements)
         return run_model(self._runtime, model, self._feeds, self._options)
 
 
-def relative_damage(references: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]]) -> float:
-    """Mean over the tensors of the relative squared error, at most ``MAX_DAMAGE`` each.
+def relative_damage(taps: Sequence[Tap], references: Sequence[Sequence[Any]], others: Sequence[Sequence[Any]]) -> float:
+    """Mean over the taps of the relative squared error, at most ``MAX_DAMAGE`` each.
 
     Args:
-        references: A list of tensors for each feed.
+        taps: What the tensors are.
+        references: A tensor of each tap, for each feed.
         others: The same of the other model.
     """
     found = []
-    for index in range(len(references[0])):
+    for index, tap in enumerate(taps):
         pairs = [(np.asarray(a[index]), np.asarray(b[index])) for a, b in zip(references, others, strict=True)]
-        found.append(min(squared_error(pairs), MAX_DAMAGE))
+        found.append(min(_class_error(pairs) if tap.classes else squared_error(pairs), MAX_DAMAGE))
     return float(np.mean(found)) if found else 0.0
+
+
+def _class_error(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The same of scores of classes, with the mean of each row taken off."""
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    lost = spread = 0.0
+    for a, b in pairs:
+        scores, others = (x.astype(np.float64) for x in (a, b))
+        errors = scores - others
+        lost += float(((errors - errors.mean(axis=-1, keepdims=True)) ** 2).sum())
+        spread += float(((scores - scores.mean(axis=-1, keepdims=True)) ** 2).sum())
+    return lost / spread if spread > 0 and np.isfinite(lost) else (0.0 if lost == 0 else float("inf"))
 
 
 def squared_error(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:

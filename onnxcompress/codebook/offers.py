@@ -152,19 +152,42 @@ def estimate_forms(
         for kind in kinds:
             gain = lost[kind][0] / lost[False][0] if lost[False][0] > 0 else 1.0
             estimates.extend(_stored_forms(weight.shape, fitted, gain, kind, has_bias))
-    form = replace(middle_choice, scaled=min(kinds, key=lambda kind: lost[kind][0]))
-    least, best_decoded = lost[form.scaled]
-    if swept:
-        swept_lost, swept_decoded = fits.lost(fits.swept(tried[form.scaled]))
-        if swept_lost < least:
-            least, best_decoded = swept_lost, swept_decoded
-    error = least / _spread(weight, moments)
-    # The line's own figure at the middle is under block metrics; the ratio to it carries over to all codebook forms.
-    on_line = next(one.error for one in estimates if one.form == form)
-    factor = error / on_line if on_line > 0 else 1.0
-    estimates = [replace(one, error=one.error * factor) if isinstance(one.form, Choice) else one for one in estimates]
-    middle = Estimate(form, size_bytes(weight.shape, form, has_bias=has_bias), error)
+    scaled = min(kinds, key=lambda kind: lost[kind][0]) if scalable else False
+    form = replace(middle_choice, scaled=scaled)
+    finest = min((one for one in estimates if isinstance(one.form, Choice)), key=lambda one: one.error).form
+    assert isinstance(finest, Choice), "filtered so"
+    points, best_decoded = [], lost[scaled][1]
+    for wanted in dict.fromkeys((replace(finest, codebook_type="float16", scaled=scaled), form)):
+        made = tried[scaled] if wanted == form else fits.whole(wanted, scaled=scaled)
+        reached, decoded = fits.lost(made)
+        if swept:
+            reached, decoded = min((fits.lost(fits.swept(made)), (reached, decoded)), key=lambda one: one[0])
+        on_line = next(one.error for one in estimates if one.form == wanted)
+        points.append((on_line, reached / _spread(weight, moments)))
+        best_decoded = decoded
+    estimates = [
+        replace(one, error=_corrected(one.error, points)) if isinstance(one.form, Choice) else one for one in estimates
+    ]
+    middle = Estimate(form, size_bytes(weight.shape, form, has_bias=has_bias), points[-1][1])
     return Curve(estimates, middle, best_decoded)
+
+
+def _corrected(error: float, points: Sequence[tuple[float, float]]) -> float:
+    """An error under block metrics as one under the full covariance: their ratio is log-linear between two points.
+
+    Error feedback gains more where codewords are fine.
+
+    Args:
+        error: Under block metrics.
+        points: (under block metrics, reached), of the finest form and of the middle one.
+    """
+    known = [(math.log(line), math.log(reached / line)) for line, reached in points if line > 0 and reached > 0]
+    if error <= 0 or not known:
+        return error
+    (x, y), *rest = sorted(known)
+    slope = (rest[0][1] - y) / (rest[0][0] - x) if rest and rest[0][0] > x else 0.0
+    corrected = error * math.exp(y + slope * (math.log(error) - x))
+    return corrected if not rest else max(corrected, 1e-3 * error)
 
 
 @dataclass(frozen=True)
@@ -231,7 +254,6 @@ class _Fits:
             metrics,
             choice.codewords,
             seed=self.seed,
-            # With few numbers a sub-vector codewords lie on a grid, and k-means++ finds what chance does not.
             start=None if choice.block < RANDOM_START else self._start(vectors, choice.codewords),
             iterations=ITERATIONS,
             sample=1 << 30,
@@ -256,7 +278,7 @@ class _Fits:
             choice.codewords,
             seed=self.seed,
             weights=weights,
-            start=self._start(vectors, choice.codewords),
+            start=None if choice.block < RANDOM_START else self._start(vectors, choice.codewords),
             iterations=ITERATIONS,
             sample=max(SAMPLE, VECTORS_PER_CODEWORD * choice.codewords),
         )
