@@ -82,6 +82,8 @@ def form_text(form: Form) -> str:
 def blocks_for(length: int, kernel: int = 1) -> list[int]:
     """The sub-vector lengths on offer for rows of D numbers; ``kernel`` is how many of them one input channel has."""
     found = {block for block in (*BLOCKS, kernel, 2 * kernel) if 2 <= block <= 32 and length % block == 0}
+    if {6, 9, 18} <= found:
+        found -= {8, 12, 16}  # rates that lie between those of their neighbours, which keep to whole kernels
     return sorted(found)
 
 

@@ -25,7 +25,7 @@ from onnxcompress.codebook.target import corrected_bias
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Graph
-from onnxcompress.model_io import StagedFile, load
+from onnxcompress.model_io import StagedFile, load, read_proto
 
 MAX_CORRECTIONS = 8  # of the budget, until the file meets it
 Done = Callable[[Layer], None]
@@ -51,10 +51,17 @@ class Item:
 
 @dataclass
 class Menu:
-    """What is on offer for one layer."""
+    """What is on offer for one layer.
+
+    Attributes:
+        name: Of the layer.
+        items: "keep" first.
+        new_bias: A bias is added where there was none.
+    """
 
     name: str
     items: list[Item]
+    new_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,13 @@ class Planner:
         reached = self.original_bytes / plan.size_bytes
         raise BudgetError(
             f"{budget_bytes} bytes cannot be reached: the smallest file is {plan.size_bytes} bytes ({reached:.1f}x)"
+            f"{self._way_out()}"
         )
+
+    def _way_out(self) -> str:
+        """What else takes bytes and need not."""
+        count = sum(node.op_type == "BatchNormalization" for node in read_proto(self.path).graph.node)
+        return f"; optimize it first, which folds {count} BatchNormalization nodes away" if count else ""
 
     def for_damage(self, damage: float) -> Plan:
         """The smallest file of at most this damage."""
@@ -164,10 +177,11 @@ class Planner:
             return self.original_bytes
         if key not in self._sizes:
             graph = load(self.path)
+            new_bias = {menu.name for menu in self.menus if menu.new_bias}
             for layer in find_layers(graph)[0]:
                 form = forms.get(layer.name, "keep")
                 if form != "keep":
-                    encode(graph, layer, hollow(layer, form))
+                    encode(graph, layer, hollow(layer, form, new_bias=layer.name in new_bias))
             add_low_memory_hint(graph)
             with (
                 tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder,
@@ -177,9 +191,9 @@ class Planner:
         return self._sizes[key]
 
 
-def hollow(layer: Layer, form: Form) -> QuantizedLayer | Int8Layer | Float16Layer:
+def hollow(layer: Layer, form: Form, *, new_bias: bool = False) -> QuantizedLayer | Int8Layer | Float16Layer:
     """A quantized layer of the right size, with numbers that mean nothing."""
-    bias = np.ones(layer.outputs, np.float32) if layer.has_bias else None
+    bias = np.ones(layer.outputs, np.float32) if new_bias else None
     if form == "float16":
         return Float16Layer(np.zeros((layer.outputs, layer.length), np.float16), bias)
     if form == "int8":
@@ -263,7 +277,8 @@ def make_menus(
             )
             workers.map(_estimate, tasks, finish)
     typical = _typical_sensitivity(found.values())
-    return [_menu(graph, layer, found[layer.name], typical) for layer in layers]
+    corrects_bias = method in ("sweep", "em")
+    return [_menu(graph, layer, found[layer.name], typical, corrects_bias=corrects_bias) for layer in layers]
 
 
 def _kernel(layer: Layer) -> int:
@@ -287,7 +302,12 @@ def _measured(layer: Layer, made: tuple[Curve, np.ndarray | None], meter: Damage
     if meter is not None and not layer.in_body and curve.middle.form != "keep":
         damage = meter.measure(layer, curve.decoded, bias)
     forms = [[_written(one.form), one.size_bytes, one.error] for one in curve.estimates]
-    return {"forms": forms, "middle": [curve.middle.size_bytes, curve.middle.error], "damage": damage}
+    return {
+        "forms": forms,
+        "middle": [curve.middle.size_bytes, curve.middle.error],
+        "damage": damage,
+        "corrected": bias is not None,
+    }
 
 
 def _typical_sensitivity(found: Any) -> float:
@@ -296,13 +316,13 @@ def _typical_sensitivity(found: Any) -> float:
     return float(np.median(ratios)) if ratios else 1.0
 
 
-def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float) -> Menu:
+def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float, *, corrects_bias: bool) -> Menu:
     error = kept["middle"][1]
     slope = typical if kept["damage"] is None or error <= 0 else kept["damage"] / error
     # A change that was not felt may be felt where it is larger; never quite for nothing.
     slope = max(slope, 1e-6 * typical, 1e-12)
     items = []
-    new_bias = 4 * layer.outputs if layer.has_bias and layer.bias() is None else 0
+    new_bias = kept["corrected"] and corrects_bias and layer.bias() is None
     for written, size, squared in kept["forms"]:
         form = _read(written)
         if form == "keep":
@@ -310,10 +330,10 @@ def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float) -
             continue
         # offers.py counts the bias of a codebook; one that is there already stays in the fixed bytes
         arrays = size - 4 * layer.outputs if isinstance(form, Choice) and layer.has_bias else size
-        total = arrays + new_bias + overhead_bytes(graph, layer, form)
+        total = arrays + 4 * layer.outputs * new_bias + overhead_bytes(graph, layer, form)
         if total < layer.stored_bytes:
             items.append(Item(form, total, min(slope * squared, MAX_DAMAGE), math.sqrt(squared)))
-    return Menu(layer.name, items)
+    return Menu(layer.name, items, new_bias)
 
 
 def _written(form: Form) -> Any:

@@ -520,8 +520,7 @@ class _Job:
         if made:
             for layer in find_layers(graph)[0]:
                 if layer.name in made:
-                    stored = made[layer.name][0]
-                    encode(graph, layer, stored if layer.has_bias else replace(stored, bias=None))
+                    encode(graph, layer, _without_idle_bias(layer, made[layer.name][0]))
             add_low_memory_hint(graph)
         if self.options.tune != "none" and made:
             self._tune(graph)
@@ -622,6 +621,13 @@ def _tuner() -> Callable[..., Any]:
     except ImportError as error:
         raise RecipeError("--tune needs torch: pip install onnxcompress[train]") from error
     return tune
+
+
+def _without_idle_bias(layer: Layer, stored: Stored) -> Stored:
+    """Leave a bias alone that has no place, or is what it was."""
+    before = layer.bias()
+    same = stored.bias is not None and before is not None and np.array_equal(stored.bias, before)
+    return replace(stored, bias=None) if same or not layer.has_bias else stored
 
 
 def _form_of(stored: Stored) -> Form:
