@@ -531,7 +531,7 @@ class _Job:
         self.report(Progress("tuning"))
 
         def step(state: Any) -> None:
-            self.report(Progress("tuning", "", state.step, state.steps))
+            self.report(Progress("tuning", "", state.step, state.total))
 
         done = tune(graph, self.fit, self.held_out, reference_model=self.path, mode=self.options.tune, progress=step)
         self.notes.append(
