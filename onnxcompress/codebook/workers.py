@@ -109,9 +109,7 @@ class Workers:
         if self._executor is None:
             from joblib.externals.loky import ProcessPoolExecutor
 
-            self._executor = ProcessPoolExecutor(
-                max_workers=self.jobs, timeout=IDLE_S, env=dict.fromkeys(THREADS, "1")
-            )
+            self._executor = ProcessPoolExecutor(max_workers=self.jobs, timeout=IDLE_S, env=dict.fromkeys(THREADS, "1"))
         return self._executor
 
 
