@@ -24,6 +24,7 @@ from onnxcompress.train.depth.steps import Branch, Step, StepKind, activation_to
 SHORTCUT_STEPS: tuple[StepKind, ...] = ("conv", "scale")
 RUN_STEPS: tuple[StepKind, ...] = ("conv", "scale", "activation")
 LONGEST_RUN = 4
+NEAR_TENSORS = 64
 RUN_GAIN = 0.03  # of the estimated time; less is not worth a place in the search
 
 
@@ -150,7 +151,7 @@ def blocks_at(graph: Graph, add: Node) -> tuple[list[Block], list[Refusal]] | No
         return None
     site = read_residual(graph, add)
     if isinstance(site, Site):
-        kind = kind_of(site.branch)
+        kind = why_not_sum(site) or kind_of(site.branch)
         blocks, reason = (site_blocks(graph, site, kind), "") if kind in _RESIDUAL_KINDS else ([], kind)
         if not reason:
             reason = why_not_rings(site.branch)
@@ -171,7 +172,8 @@ _RESIDUAL_KINDS = frozenset({"inverted-residual", "convnext", "ffn", "basic", "b
 
 def read_residual(graph: Graph, add: Node) -> Site | str:
     """The branch and the shortcut that meet in an Add, or the reason why they cannot be read."""
-    reasons: list[tuple[int, str]] = []
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    reasons: list[tuple[int, int, str]] = []
     for index in (1, 0):
         straight, branch_end = add.inputs[1 - index], add.inputs[index]
         way = read_branch(graph, straight, [add], kinds=SHORTCUT_STEPS)
@@ -181,8 +183,20 @@ def read_residual(graph: Graph, add: Node) -> Site | str:
             count = sources[branch.source]
             shortcut = Branch(branch.source, straight, way.steps[len(way.steps) - count :])
             return Site(branch, add.outputs[0], add, shortcut if count else None)
-        reasons.append((len(branch.steps), branch.stopped))
-    return max(reasons)[1]
+        # The branch is the input that is made last.
+        maker = graph.producer(branch_end)
+        reasons.append((len(branch.steps), -1 if maker is None else position[maker], branch.stopped))
+    return max(reasons)[2]
+
+
+def why_not_sum(site: Site) -> str:
+    """The reason why the two inputs of the Add are not known to have its shape; else empty."""
+    assert site.add is not None
+    for tensor in site.add.inputs:
+        if not may_stand_for(tensor, site.output):
+            shapes = [None if t.shape is None else list(t.shape) for t in (tensor, site.output)]
+            return f"Add {site.add.name!r} makes {shapes[1]} of {tensor.name!r}, which has shape {shapes[0]}"
+    return ""
 
 
 def site_blocks(graph: Graph, site: Site, kind: Kind | str) -> list[Block]:
@@ -252,11 +266,17 @@ def deletion(graph: Graph, add: Node) -> Site | None:
 
 
 def meets(graph: Graph, add: Node) -> bool:
-    """Whether something that one input alone is made of reads the other."""
+    """Whether one input is made, not far behind, from the other."""
     for index in (1, 0):
-        dead = exclusive_nodes(graph, add.inputs[index], add)
-        if any(add.inputs[1 - index] is t for node in dead for t in node.inputs):
-            return True
+        skip, seen = add.inputs[1 - index], {add.inputs[index]}
+        work = list(seen)
+        while work and len(seen) < NEAR_TENSORS:
+            node = graph.producer(work.pop(0))
+            fresh = [] if node is None else [t for t in node.inputs if t not in seen and not is_constant(t)]
+            if any(skip is tensor for tensor in fresh):
+                return True
+            seen.update(fresh)
+            work += fresh
     return False
 
 
@@ -297,7 +317,7 @@ def named_run(graph: Graph, first: str, last: str) -> Block:
 def read_run(graph: Graph, first: Node, last: Node) -> Site | str:
     """The steps between two nodes, an activation at the end left out, or the reason why it is no run."""
     output = last.outputs[0]
-    branch = read_branch(graph, output, list(output.outputs), [first.inputs[0]], kinds=RUN_STEPS)
+    branch = read_branch(graph, output, None, [first.inputs[0]], kinds=RUN_STEPS)
     if branch.source is not first.inputs[0] or first not in branch.nodes:
         return branch.stopped or f"{first.name!r} is not reached from {last.name!r}"
     while branch.steps and branch.steps[-1].kind == "activation":
@@ -315,7 +335,7 @@ def find_runs(graph: Graph, taken: Collection[str]) -> list[Block]:
         if not is_op(node, "Conv") or node.name in seen:
             continue
         output = last_scale(graph, node)
-        whole = read_branch(graph, output, list(output.outputs), kinds=RUN_STEPS)
+        whole = read_branch(graph, output, None, kinds=RUN_STEPS)
         steps = list(whole.steps)
         for cut in range(len(steps), 0, -1):
             if {n.name for n in steps[cut - 1].nodes} & seen:

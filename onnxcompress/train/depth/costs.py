@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import ValueInfoProto, helper, numpy_helper
 
 from onnxcompress import pipeline
 from onnxcompress.cost import CostModel, MacsAndBytes, OperatorSpec, Price, count, known_shape
 from onnxcompress.errors import RecipeError
-from onnxcompress.graph import Constant, Graph, is_constant
+from onnxcompress.graph import Constant, Graph, Tensor, is_constant
 from onnxcompress.measure import LatencyFigures, compare_latency
-from onnxcompress.model_io import to_proto
+from onnxcompress.model_io import load, to_proto
 from onnxcompress.runtime import Runtime
+from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.depth.blocks import Block
 from onnxcompress.train.depth.preparation import copy_graph, run_passes
 from onnxcompress.train.depth.supernet import Flows, build_pruned
@@ -138,20 +140,29 @@ def extract_block(graph: Graph, block: Block) -> Graph:
     Raises:
         RecipeError: The block is not in the graph.
     """
-    copied = copy_graph(graph)
     wanted = {*block.nodes, *block.shortcut}
-    nodes = [node for node in copied.nodes if node.name in wanted]
-    made = {tensor.name: tensor for node in nodes for tensor in node.outputs}
-    if len(nodes) != len(wanted) or block.output not in made:
+    nodes = [node for node in graph.nodes if node.name in wanted]
+    made = dict.fromkeys(tensor for node in nodes for tensor in node.outputs)
+    output = next((tensor for tensor in made if tensor.name == block.output), None)
+    if len(nodes) != len(wanted) or output is None:
         raise RecipeError(f"block {block.name!r} is not in this graph")
-    for node in reversed(list(copied.nodes)):
-        if node.name not in wanted:
-            copied.remove(node)
-    # An omitted input has no name.
-    read = dict.fromkeys(t for node in nodes for t in node.inputs if not (t.inputs or t.is_empty() or is_constant(t)))
-    output = made[block.output]
-    for tensor in (*read, output):
-        shape, _ = known_shape(tensor)
-        tensor.shape = None if shape is None else list(shape)
-    copied.inputs, copied.outputs = list(read), [output]
-    return copy_graph(copied)
+    read = dict.fromkeys(t for node in nodes for t in node.inputs if t not in made and not t.is_empty())
+    constants = [tensor for tensor in read if isinstance(tensor, Constant)]
+    proto = to_proto(graph, weights=False)
+    kept = [node for node in proto.graph.node if node.name in wanted]
+    for field in ("node", "input", "output", "value_info", "initializer", "quantization_annotation"):
+        proto.graph.ClearField(field)
+    proto.graph.node.extend(kept)
+    proto.graph.input.extend(_value_info(tensor) for tensor in read if not is_constant(tensor))
+    proto.graph.output.append(_value_info(output))
+    proto.graph.initializer.extend(numpy_helper.from_array(tensor.values, tensor.name) for tensor in constants)
+    alone = load(proto)
+    infer_shapes(alone)
+    return alone
+
+
+def _value_info(tensor: Tensor) -> ValueInfoProto:
+    shape, _ = known_shape(tensor)
+    if tensor.dtype is None or shape is None:
+        raise RecipeError(f"shape and type of {tensor.name!r} are not known: the block cannot run alone")
+    return helper.make_tensor_value_info(tensor.name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), shape)

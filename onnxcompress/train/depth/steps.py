@@ -98,7 +98,7 @@ class Branch:
 def read_branch(
     graph: Graph,
     output: Tensor,
-    readers: Collection[Node],
+    readers: Collection[Node] | None,
     stop: Collection[Tensor] = (),
     *,
     kinds: Collection[StepKind] | None = None,
@@ -108,15 +108,15 @@ def read_branch(
     Args:
         graph: The graph.
         output: Where to begin.
-        readers: The nodes that may read it; every tensor further back may be read by the step after it alone.
+        readers: The nodes that may read it, None for any; every tensor further back only by the step after it.
         stop: Tensors at which to end.
         kinds: Steps to take; all by default.
     """
     steps: list[Step] = []
-    tensor, allowed = output, set(readers)
+    tensor, allowed = output, readers
     reason = ""
     while tensor not in stop:
-        shared = why_shared(graph, tensor, allowed)
+        shared = "" if allowed is None else why_shared(graph, tensor, allowed)
         if shared:
             reason = shared
             break

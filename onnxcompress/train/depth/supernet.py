@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxcompress.errors import RecipeError
-from onnxcompress.graph import Graph, Node, Tensor, rank
+from onnxcompress.graph import Constant, Graph, Node, Tensor, rank
 from onnxcompress.linear.nodes import read_affine
 from onnxcompress.rewrite import remove_if_unread
 from onnxcompress.shapes import infer_shapes
@@ -67,6 +67,15 @@ class Supernet:
     blocks: tuple[Block, ...]
     original: Graph
     flows: Flows = field(default_factory=lambda: FLOWS)
+
+    def at(self, values: Mapping[str, float]) -> Graph:
+        """A copy of the graph with lambdas by name of the block; those not named stay."""
+        wanted = {self.lambdas[block]: value for block, value in values.items()}
+        copied = copy_graph(self.graph)
+        for constant in dict.fromkeys(t for node in copied.nodes for t in node.inputs if isinstance(t, Constant)):
+            if constant.name in wanted:
+                constant.values = np.array(wanted[str(constant.name)], constant.dtype)
+        return copied
 
 
 def build_supernet(graph: Graph, blocks: Sequence[Block], *, flows: Flows | None = None) -> Supernet:
@@ -187,16 +196,12 @@ class _Flow:
     def readers(self, tensor: Tensor) -> list[Node]:
         return list(dict.fromkeys(tensor.outputs))
 
-    def replacement(self, index: int, step: Step, source: Tensor, before: Node, axis: int) -> Tensor | None:
-        """What the pruned flow has in place of a step; None where the step stays."""
-        if step.kind == "norm":
-            name = self.name(index, "norm")
-            return insert_batchnorm(
-                self.graph, source, axis, before=before, name=name, scale=step.scale, bias=step.bias
-            )
-        if step.kind == "activation" and self.flow.activation == "batchnorm":
-            return insert_batchnorm(self.graph, source, axis, before=before, name=self.name(index, "norm"))
-        return source if step.kind == "activation" else None
+    def replacement(self, index: int, step: Step, source: Tensor, before: Node, axis: int) -> Tensor:
+        """What the pruned flow has in place of a normalization or an activation."""
+        if step.kind == "activation" and self.flow.activation == "nothing":
+            return source
+        name = self.name(index, "norm")
+        return insert_batchnorm(self.graph, source, axis, before=before, name=name, scale=step.scale, bias=step.bias)
 
 
 class _Mixed(_Flow):
@@ -219,7 +224,6 @@ class _Mixed(_Flow):
             source = sources.get(step.source, step.source)
             axis = channel_axis(self.branch, step)
             other = self.replacement(index, step, source, readers[0], axis)
-            assert other is not None
             mixed = self.mixer.mix(graph, step.output, other, before=readers[0], name=self.name(index, "step"))
             rewire(readers, step.output, mixed)
             sources[step.output] = mixed
@@ -304,12 +308,13 @@ class _Pruned(_Flow):
     def _in_place(self) -> None:
         sources: dict[Tensor, Tensor] = {}
         for index, step in enumerate(self.branch.steps):
+            if step.kind not in ("norm", "activation"):
+                continue
             readers = self.readers(step.output)
             source = sources.get(step.source, step.source)
             other = self.replacement(index, step, source, readers[0], channel_axis(self.branch, step))
-            if other is not None:
-                rewire(readers, step.output, other)
-                sources[step.output] = other
+            rewire(readers, step.output, other)
+            sources[step.output] = other
         if self.block.kind == "basic-3x3":
             self._cap()
             return
@@ -343,9 +348,7 @@ class _Pruned(_Flow):
             if step.kind == "transpose":
                 continue
             if step.kind in ("norm", "activation"):
-                made = self.replacement(index, step, tensor, before, 1)
-                assert made is not None
-                tensor = made
+                tensor = self.replacement(index, step, tensor, before, 1)
             elif step.kind == "matrix":
                 tensor = self._pointwise(index, step, tensor, before)
             else:
