@@ -172,12 +172,24 @@ def why_not_rings(branch: Branch) -> str:
     grown = rings([step.conv for step in convs if step.conv is not None])
     for step, (begin, end) in list(zip(convs, grown, strict=True))[1:]:
         assert step.conv is not None
+        if any(begin + end) and (norm := _norm_over_positions(branch, convs[0], step)) is not None:
+            return (
+                f"padding of Conv {step.nodes[0].name!r} has to move to the first Conv, and {norm.what} "
+                f"{norm.nodes[-1].name!r} would take it into its mean"
+            )
         if any(begin + end) and None in spatial_sizes(step.source, step.conv):
             return (
                 f"padding of Conv {step.nodes[0].name!r} has to move to the first Conv, and the size of "
                 f"{step.source.name!r} is not known: fix the input size"
             )
     return ""
+
+
+def _norm_over_positions(branch: Branch, first: Step, last: Step) -> Step | None:
+    """A normalization between two steps whose statistics are those of all positions."""
+    between = branch.steps[branch.steps.index(first) : branch.steps.index(last)]
+    found = (s for s in between if s.what in ("GroupNormalization", "InstanceNormalization") and s.kind == "norm")
+    return next(found, None)
 
 
 def why_not_capped(branch: Branch) -> str:

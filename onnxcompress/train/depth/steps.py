@@ -277,6 +277,9 @@ def norm_to(graph: Graph, tensor: Tensor, node: Node) -> Step | str | None:
         if not isinstance(channels, int) or scale.size != channels:
             return f"{node.op} {node.name!r} has {scale.size} scales, not one for each channel"
         return Step("norm", (node,), node.inputs[0], tensor, node.op, scale=scale, bias=bias)
+    group = group_norm_to(graph, tensor, node)
+    if group is not None:
+        return group
     candidate: Node | None = node
     for _ in range(3):
         if candidate is None or not is_op(candidate, "Mul", "Div", "Add"):
@@ -287,6 +290,40 @@ def norm_to(graph: Graph, tensor: Tensor, node: Node) -> Step | str | None:
         operands = other_operand(candidate)
         candidate = None if operands is None else graph.producer(operands[0])
     return None
+
+
+def group_norm_to(graph: Graph, tensor: Tensor, last: Node) -> Step | None:
+    """A GroupNormalization in parts: Reshape to groups, InstanceNormalization, Reshape back, scale, shift."""
+    nodes: list[Node] = []
+    numbers: dict[str, np.ndarray | None] = {"Add": None, "Mul": None}
+    back: Node | None = last
+    for op in numbers:
+        operands = other_operand(back) if back is not None and is_op(back, op) else None
+        if back is not None and operands is not None:
+            numbers[op] = constant_value(operands[1])
+            nodes.insert(0, back)
+            back = graph.producer(operands[0])
+    norm = graph.producer(back.inputs[0]) if back is not None and is_op(back, "Reshape") else None
+    there = graph.producer(norm.inputs[0]) if norm is not None and is_op(norm, "InstanceNormalization") else None
+    if back is None or norm is None or there is None or not is_op(there, "Reshape"):
+        return None
+    source: Tensor = there.inputs[0]
+    channels = source.shape[1] if rank(source) else None
+    plain = [constant_value(t) for t in norm.inputs[1:]]  # ones and zeros, one of each for a group
+    if any(v is None or (v != 1 - i).any() for i, v in enumerate(plain)) or not isinstance(channels, int):
+        return None
+    shape = (channels, *(1,) * (len(source.shape) - 2))
+    fits = all(v is None or (v.size == channels and v.shape[-len(shape) :] == shape) for v in numbers.values())
+    if tensor.shape is None or len(tensor.shape) != len(source.shape) or tensor.shape[1] != channels or not fits:
+        return None
+    sizes = graph.producer(back.inputs[1])  # Shape(source), where a size is dynamic
+    if sizes is not None and not (is_op(sizes, "Shape") and sizes.inputs[0] is source):
+        return None
+    nodes = [*([] if sizes is None else [sizes]), there, norm, back, *nodes]
+    if any(why_shared(graph, t, nodes) for node in nodes for t in node.outputs if t is not tensor):
+        return None
+    scale, bias = (None if v is None else v.reshape(-1) for v in (numbers["Mul"], numbers["Add"]))
+    return Step("norm", tuple(nodes), source, tensor, "GroupNormalization", scale=scale, bias=bias)
 
 
 def _fit_channels(source: Tensor, axes: tuple[int, ...]) -> Fit | str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from onnxcompress.errors import RecipeError
 from onnxcompress.model_io import load, to_proto
@@ -25,7 +26,30 @@ from onnxcompress.train.depth.supernet import build_pruned, build_supernet
 from onnxcompress.train.export import export_module
 from onnxcompress.train.torch_graph import TorchGraph
 
+
+class GroupNormNet(nn.Module):
+    """Two residual blocks with GroupNorm in place of BatchNorm, and one with InstanceNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        norms = [lambda: nn.GroupNorm(2, 8), lambda: nn.GroupNorm(8, 8), lambda: nn.InstanceNorm2d(8, affine=True)]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False), norm()
+            )
+            for norm in norms
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image)
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return x.mean((2, 3))
+
+
 NETWORKS = {
+    "group norm": GroupNormNet,
     "mobilenetv2": lambda: mobilenetv2_mini(settings=((1, 8, 1, 1), (6, 8, 2, 1), (6, 12, 1, 2)), stem_width=8),
     "convnext": lambda: convnext_mini(depths=(2,), widths=(32,)),
     "deit": lambda: deit_mini(depth=2, dim=16, heads=2, image_size=16),
@@ -99,6 +123,7 @@ CASES = [
     ("basic", "basic", {}),
     ("basic", "basic", {"basic": Flow("batchnorm")}),
     ("bottleneck", "basic-3x3", {}),
+    ("group norm", "basic-3x3", {}),
 ]
 
 
@@ -142,6 +167,12 @@ def test_the_original_is_left_alone(networks):
     assert to_proto(graph).SerializeToString() == before
 
 
+def test_padding_does_not_move_into_the_mean_of_a_group_norm(networks):
+    blocks, refused = find_blocks(networks("group norm")[1])
+    assert [block.kind for block in blocks] == ["basic-3x3"] * 3
+    assert len(refused) == 3 and all("into its mean" in refusal.reason for refusal in refused)
+
+
 # -- one operator ----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +185,7 @@ def test_the_original_is_left_alone(networks):
         ("basic", "basic", FewestOperators(), ["Conv"]),  # ReLU follows and is no part of it
         ("basic", "basic-3x3", None, ["Conv"]),
         ("bottleneck", "basic", FewestOperators(), ["Conv"]),
+        ("group norm", "basic-3x3", None, ["Conv"]),
     ],
 )
 def test_every_block_becomes_one_operator(networks, runtime, name, prefer, cost, operators):
