@@ -1,0 +1,304 @@
+"""`onnxcompress prune-depth`: make whole blocks one operator each, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxcompress.cli.options import LARGEST_SIZE, MOST_THREADS, FilePath, Number
+from onnxcompress.cli.terminal import print_rows
+from onnxcompress.errors import OutputError, RecipeError
+
+POSITIVE = click.IntRange(min=1)
+SHARE = Number(0, 1, max_open=True)
+STAGES = "supernet,search,train"
+
+
+@click.command("prune-depth")
+@click.argument("source", metavar="IN", type=FilePath())
+@click.option("-o", "--output", type=FilePath(), help="Where to write.")
+@click.option(
+    "--data", metavar="D", help="Samples to train on: .npz, folder of .npy or images, sklearn:digits:train, ..."
+)
+@click.option("--val", metavar="D", help="Samples to judge subnets and weights by.")
+@click.option("--blocks", metavar="N", help="Prune so many blocks.")
+@click.option(
+    "--latency", metavar="0.7x", help="Prune until latency, measured here, is 0.7 of the original's; or 3.5ms."
+)
+@click.option("--macs", metavar="0.5x", help="Prune until so many MACs are left; or 300M.")
+@click.option("--stages", default=STAGES, show_default=True, metavar="LIST", help="What to do.")
+@click.option("--list-blocks", is_flag=True, help="Print the blocks with what each would save, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, with expected figures and time.")
+@click.option("--block", "named", multiple=True, metavar="FIRST:LAST", help="Offer the convolutions between two nodes.")
+@click.option("--only", multiple=True, metavar="GLOB", help="Offer the blocks of these names or kinds only.")
+@click.option("--skip", multiple=True, metavar="GLOB", help="Do not offer the blocks of these names or kinds.")
+@click.option(
+    "--delete", multiple=True, metavar="GLOB", help="Delete the blocks of these names or kinds, not merge them."
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["nothing", "batchnorm"]),
+    default="nothing",
+    show_default=True,
+    help="What inner activations become.",
+)
+@click.option(
+    "--search",
+    type=click.Choice(["auto", "ga", "exhaustive", "greedy", "random"]),
+    default="auto",
+    show_default=True,
+    help="How to look for blocks; auto tries all sets of up to 12 blocks.",
+)
+@click.option("--population", type=click.IntRange(min=2), default=20, show_default=True, help="Of ga.")
+@click.option("--generations", type=click.IntRange(min=0), default=10, show_default=True, help="Of ga.")
+@click.option("--mutation", type=Number(0, 1), default=0.1, show_default=True, help="Of ga, for each bit.")
+@click.option("--crossover", type=Number(0, 1), default=0.5, show_default=True, help="Of ga.")
+@click.option("--evaluations", type=POSITIVE, help="Of random [default: as many as ga].")
+@click.option(
+    "--calibration", type=click.IntRange(min=2), default=256, show_default=True, help="Samples for statistics."
+)
+@click.option("--jobs", type=POSITIVE, metavar="N", help="Processes for the search [default: one a processor].")
+@click.option("--dask", metavar="ADDRESS", help="Search on a Dask cluster, tcp://host:8786.")
+@click.option("--ramp", type=SHARE, default=0.4, show_default=True, help="Share of the steps over which blocks fade.")
+@click.option(
+    "--ramp-shape", type=click.Choice(["linear", "cosine"]), default="linear", show_default=True, help="How they fade."
+)
+@click.option("--teacher", type=FilePath(), help="Model to learn from [default: IN].")
+@click.option("--labels", is_flag=True, help="Learn from labels (the default where there are any).")
+@click.option("--distill", is_flag=True, help="Learn from the teacher's outputs; with --labels from both.")
+@click.option("--target-output", metavar="NAME", help="Output that labels and metric are for; the first by default.")
+@click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function.")
+@click.option("--epochs", type=Number(0, min_open=True), default=10.0, show_default=True, help="For the chosen blocks.")
+@click.option(
+    "--supernet-epochs", type=Number(0, min_open=True), default=2.0, show_default=True, help="For the supernet."
+)
+@click.option("--steps", type=POSITIVE, help="Steps for the chosen blocks, instead of epochs.")
+@click.option("--batch", type=click.IntRange(1, LARGEST_SIZE), default=64, show_default=True, help="Samples in a step.")
+@click.option("--accumulate", type=POSITIVE, default=1, show_default=True, help="Backward passes in a step.")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True)
+@click.option("--lr", type=Number(min=0, min_open=True), help="Highest learning rate [default: adamw 5e-4, sgd 1e-2].")
+@click.option("--weight-decay", type=Number(min=0), help="Of kernels and matrices [default: adamw 1e-2, sgd 1e-4].")
+@click.option("--momentum", type=SHARE, default=0.9, show_default=True, help="Of sgd.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["cosine", "linear", "constant", "onecycle"]),
+    default="cosine",
+    show_default=True,
+    help="How the learning rate moves.",
+)
+@click.option("--warmup", type=SHARE, default=0.05, show_default=True, help="Share of the steps with a rising rate.")
+@click.option("--clip-norm", type=Number(min=0, min_open=True), help="Largest norm of all gradients together.")
+@click.option("--ema", type=SHARE, metavar="DECAY", help="Keep a moving average of the weights, as in 0.999.")
+@click.option("--label-smoothing", type=SHARE, default=0.0, show_default=True, help="Share spread over all classes.")
+@click.option(
+    "--temperature", type=Number(0, min_open=True), default=2.0, show_default=True, help="Of distilled logits."
+)
+@click.option(
+    "--distill-weight", type=Number(0, 1), default=0.5, show_default=True, help="Of the teacher, with labels."
+)
+@click.option("--augment", default="", metavar="LIST", help="Vary images: flip, shift:PIXELS, as in flip,shift:2.")
+@click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
+@click.option("--limit", type=POSITIVE, help="Use at most so many samples of each source.")
+@click.option("--eval-every", type=POSITIVE, metavar="STEPS", help="Steps between validations [default: an epoch].")
+@click.option("--patience", type=POSITIVE, help="End after so many validations without a new best.")
+@click.option(
+    "--tolerance", type=Number(0, min_open=True), default=1e-5, show_default=True, help="Of merged to unmerged."
+)
+@click.option("--checkpoint", type=FilePath(), metavar="DIR", help="Where the state is kept [default: OUT.checkpoint].")
+@click.option("--resume/--no-resume", default=True, help="Go on from a checkpoint that is there (default).")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the operators that gain by it; auto is float32 on a CPU.",
+)
+@click.option(
+    "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Of torch; latency is timed with 1 if 0."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
+@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report, .md or .json.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+def command(source: Path, output: Path | None, as_json: bool, quiet: bool, report: Path | None, **wishes: Any) -> None:
+    """Prune blocks of IN, such as residual blocks, until a goal is reached, and write the result to OUT.
+
+    Each block that is pruned loses what is not linear inside it and is merged into one operator. Which blocks go is
+    searched; they fade while the network is trained, from the weights of IN. OUT is an ordinary model file with the
+    interface of IN. A run that was stopped goes on with the same command.
+    """
+    _check(output, report, wishes)
+    with _torch():
+        from onnxcompress.report import check_suffix
+        from onnxcompress.train.depth.pruning import list_blocks, plan_depth, prune_depth
+    if report is not None:
+        check_suffix(report)
+    options = _options(wishes)
+    with _bar(quiet) as (say, progress):
+        if wishes["list_blocks"]:
+            listed = list_blocks(source, options, say=say)
+        elif wishes["dry_run"]:
+            plan = plan_depth(source, options, say=say)
+        else:
+            assert output is not None
+            found = prune_depth(source, output, options, say=say, progress=progress)
+    if wishes["list_blocks"]:
+        _show_blocks(listed, as_json, quiet)
+    elif wishes["dry_run"]:
+        _show_plan(plan, as_json, quiet)
+    else:
+        _show(found, as_json, quiet, report)
+
+
+@contextlib.contextmanager
+def _torch() -> Iterator[None]:
+    try:
+        import torch  # noqa: F401  # asked for before anything of train is imported
+    except ImportError as error:
+        raise RecipeError("prune-depth needs torch: pip install onnxcompress[train]") from error
+    yield
+
+
+def _check(output: Path | None, report: Path | None, wishes: dict[str, Any]) -> None:
+    goals = [f"--{name}" for name in ("blocks", "latency", "macs") if wishes[name] is not None]
+    if len(goals) > 1:
+        raise RecipeError(f"{' and '.join(goals)} are two goals: give one")
+    if wishes["list_blocks"] and wishes["dry_run"]:
+        raise RecipeError("--list-blocks and --dry-run are two things to print: give one")
+    only_prints = wishes["list_blocks"] or wishes["dry_run"]
+    if output is None and not only_prints:
+        raise RecipeError("there is no output: give -o OUT, or --dry-run to see what would be done")
+    if report is not None and only_prints:
+        raise RecipeError("--report is for a run: with --list-blocks and --dry-run take --json")
+
+
+def _options(wishes: dict[str, Any]) -> Any:
+    from onnxcompress.train.depth.offers import Goal, parse_goal
+    from onnxcompress.train.depth.options import DepthOptions
+    from onnxcompress.train.depth.search import SearchSettings
+    from onnxcompress.train.depth.training import Ramp
+    from onnxcompress.train.losses import LossSettings
+    from onnxcompress.train.settings import TrainSettings
+    from onnxcompress.train.supervision import Wishes
+
+    def take(*names: str, **renamed: str) -> dict[str, Any]:
+        return {name: wishes[name] for name in names} | {ours: wishes[name] for ours, name in renamed.items()}
+
+    goal: Goal | None = None
+    if wishes["blocks"] is not None:
+        goal = parse_goal("blocks", wishes["blocks"])
+    elif wishes["latency"] is not None:
+        goal = parse_goal("latency", wishes["latency"])
+    elif wishes["macs"] is not None:
+        goal = parse_goal("macs", wishes["macs"])
+    stages = tuple(part.strip() for part in wishes["stages"].split(",") if part.strip())
+    if wishes["list_blocks"]:
+        stages, goal = ("train",), None
+    losses = LossSettings(**take("temperature", "distill_weight", smoothing="label_smoothing"))
+    training = TrainSettings(
+        **take("epochs", "steps", "batch", "accumulate", "optimizer", "weight_decay", "momentum", "schedule", "warmup"),
+        **take("clip_norm", "seed", "eval_every", "patience", "precision", "device"),
+        **take(learning_rate="lr", ema_decay="ema"),
+    )
+    searching = SearchSettings(
+        **take("population", "generations", "mutation", "crossover", "evaluations", "seed", method="search")
+    )
+    return DepthOptions(
+        data=wishes["data"] or "",
+        val=wishes["val"] or "",
+        **take("only", "skip", "delete", "activation", "teacher", "supernet_epochs", "calibration", "jobs", "dask"),
+        **take("augment", "preprocess", "limit", "tolerance", "threads", "checkpoint", "resume"),
+        goal=goal,
+        stages=stages,
+        named_runs=tuple(_run_of(text) for text in wishes["named"]),
+        wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),
+        training=training,
+        ramp=Ramp(wishes["ramp"], wishes["ramp_shape"]),
+        search=searching,
+    )
+
+
+def _run_of(text: str) -> tuple[str, str]:
+    first, colon, last = text.partition(":")
+    if not (first and colon and last):
+        raise RecipeError(f"block {text!r}: expected the names of its first and last node, FIRST:LAST")
+    return first, last
+
+
+@contextlib.contextmanager
+def _bar(quiet: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None] | None]]:
+    """Where the run stands, on stderr: a bar with time left on a terminal, a line per validation in a file."""
+    if quiet:
+        yield (lambda line: None), None
+        return
+    if not sys.stderr.isatty():
+
+        def line(now: Any) -> None:
+            if now.figure is not None:
+                print(f"step {now.step}/{now.total}  loss {now.loss:.4g}  validation {now.figure:.4g}", file=sys.stderr)
+
+        yield (lambda line: None), line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(now: Any) -> None:
+            best = "" if now.best_figure is None else f"  best {now.best_figure:.4g}"
+            bar.update(task, total=now.total, completed=now.step, description=f"loss {now.loss:.4g}{best}")
+
+        yield (lambda text: bar.update(task, description=text)), advance
+
+
+def _show_blocks(listed: Any, as_json: bool, quiet: bool) -> None:
+    from onnxcompress.train.depth.describing import BLOCK_HEADER, block_rows, refusal_lines
+
+    offers, refusals = listed
+    if as_json:
+        plain = {"blocks": [offer.as_dict() for offer in offers], "refused": [vars(refusal) for refusal in refusals]}
+        click.echo(json.dumps(plain, indent=1))
+    elif not quiet:
+        print_rows(BLOCK_HEADER, block_rows(offers))
+        for line in refusal_lines(refusals):
+            click.echo(line)
+
+
+def _show_plan(plan: Any, as_json: bool, quiet: bool) -> None:
+    from onnxcompress.train.depth.describing import BLOCK_HEADER, block_rows, plan_lines
+
+    if as_json:
+        click.echo(json.dumps(plan.as_dict(), indent=1))
+    elif not quiet:
+        print_rows(BLOCK_HEADER, block_rows(plan.offers))
+        for line in plan_lines(plan):
+            click.echo(line)
+
+
+def _show(found: Any, as_json: bool, quiet: bool, report: Path | None) -> None:
+    from onnxcompress.train.depth.describing import FIGURE_HEADER, figure_rows, result_lines, result_markdown
+
+    if report is not None:
+        as_markdown = report.suffix.lower() == ".md"
+        text = result_markdown(found) if as_markdown else json.dumps(found.as_dict(), indent=1) + "\n"
+        try:
+            report.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write the report {report}: {error.strerror}") from error
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=1))
+    elif not quiet:
+        first, *lines = result_lines(found)
+        click.echo(first)
+        print_rows(FIGURE_HEADER, figure_rows(found))
+        for line in lines:
+            click.echo(line)
