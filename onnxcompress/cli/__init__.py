@@ -21,7 +21,8 @@ from onnxcompress.errors import OnnxCompressError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-VERBS = ("optimize", "quantize", "validate", "inspect", "bench", "view", "export", "finetune")  # in the order of --help
+# In the order of --help.
+VERBS = ("optimize", "quantize", "validate", "inspect", "bench", "view", "export", "finetune", "prune-depth")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
