@@ -17,6 +17,23 @@ MAX_CODEWORDS = 65536
 
 
 @dataclass(frozen=True, eq=False)
+class Skip:
+    """Moments of what a layer's output is added to: c = s_f - s_q, by how much the quantized net's operand is short.
+
+    Attributes:
+        cross: (groups, D, outputs / group) float64, sum of x_q c'.
+        float_cross: (groups, D, outputs / group) float64, sum of x_f c'.
+        mean: (groups, outputs / group) float64, mean of c.
+        power: Sum of |c|^2.
+    """
+
+    cross: np.ndarray
+    float_cross: np.ndarray
+    mean: np.ndarray
+    power: float
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """Second moments of a layer's input rows: x_q of the net quantized so far, x_f of the float net.
 
@@ -27,6 +44,7 @@ class Statistics:
         cross: (groups, D, D) float64, sum of x_q x_f' (row index q, column index f); None where x_q is x_f.
         float_mean: (groups, D) float64, mean of x_f; None where x_q is x_f.
         float_gram: (groups, D, D) float64, sum of x_f x_f'; None where x_q is x_f.
+        skip: Of the tensor that the output is added to; None where there is none or it is the same in both nets.
     """
 
     rows: int
@@ -35,6 +53,7 @@ class Statistics:
     cross: np.ndarray | None = None
     float_mean: np.ndarray | None = None
     float_gram: np.ndarray | None = None
+    skip: Skip | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -52,9 +71,13 @@ class Statistics:
             value = getattr(self, name)
             if value is not None and value.shape != self.gram.shape:
                 raise ValueError(f"{name} has shape {value.shape}, expected {self.gram.shape}")
+        if self.skip is not None and self.cross is None:
+            raise ValueError("a skip needs the moments of both inputs: cross, float_mean and float_gram")
 
     def is_finite(self) -> bool:
-        given = (self.gram, self.mean, self.cross, self.float_mean, self.float_gram)
+        given = [self.gram, self.mean, self.cross, self.float_mean, self.float_gram]
+        if self.skip is not None:
+            given += [self.skip.cross, self.skip.float_cross, self.skip.mean]
         return all(bool(np.isfinite(value).all()) for value in given if value is not None)
 
 

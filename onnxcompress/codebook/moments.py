@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxcompress.codebook.codebook import Statistics
-from onnxcompress.codebook.rows import Rows, RowSource
+from onnxcompress.codebook.codebook import Skip, Statistics
+from onnxcompress.codebook.rows import Rows, RowSource, output_rows
 
 PIECE_BYTES = 64 << 20
 PIECE_ROWS = 1 << 14  # a float32 sum over more rows loses digits
@@ -26,11 +26,19 @@ Arrays = Sequence[np.ndarray]
 
 @dataclass
 class Sums:
-    """Running sums of one row source or of several: x_q of the net quantized so far, x_f of the float net."""
+    """Running sums of one row source or of several: x_q of the net quantized so far, x_f of the float net.
+
+    Attributes:
+        groups: Groups of the layer.
+        length: D.
+        paired: The nets differ.
+        skip_outputs: Outputs of a group, where what they are added to differs as well; 0 elsewhere.
+    """
 
     groups: int
     length: int
     paired: bool
+    skip_outputs: int = 0
     rows: int = 0
     own: np.ndarray = field(init=False)
     own_mean: np.ndarray = field(init=False)
@@ -39,16 +47,20 @@ class Sums:
         shape = (self.groups, self.length)
         self.own = np.zeros((*shape, self.length))
         self.own_mean = np.zeros(shape)
-        self._pending: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]] = []
         self.cross = np.zeros_like(self.own) if self.paired else None
         self.floats = np.zeros_like(self.own) if self.paired else None
         self.float_mean = np.zeros(shape) if self.paired else None
+        self.skip_cross = np.zeros((*shape, self.skip_outputs))
+        self.skip_float_cross = np.zeros_like(self.skip_cross)
+        self.skip_mean = np.zeros((self.groups, self.skip_outputs))
+        self.skip_power = 0.0
 
-    def add(self, quantized: np.ndarray, floats: np.ndarray | None) -> None:
-        """Add rows (groups, n, D) of the quantized net, and of the float net where they differ."""
+    def add(self, quantized: np.ndarray, floats: np.ndarray | None, skip: np.ndarray | None = None) -> None:
+        """Add rows (groups, n, D) of the quantized net, of the float net where they differ, and of c."""
         self.rows += quantized.shape[1]
-        self._pending.append((quantized, floats))
-        rows = sum(piece.shape[1] for piece, _ in self._pending)
+        self._pending.append((quantized, floats, skip))
+        rows = sum(piece.shape[1] for piece, _, _ in self._pending)
         if rows >= PIECE_ROWS or 4 * rows * self.groups * self.length >= PIECE_BYTES:
             self._flush()
 
@@ -56,8 +68,9 @@ class Sums:
         """Multiply what has come together: the D x D sums are long to add to, so few times is better."""
         if not self._pending:
             return
-        quantized = np.concatenate([piece for piece, _ in self._pending], axis=1)
-        others = [other for _, other in self._pending if other is not None]
+        quantized = np.concatenate([piece for piece, _, _ in self._pending], axis=1)
+        others = [other for _, other, _ in self._pending if other is not None]
+        skips = [skip for _, _, skip in self._pending if skip is not None]
         self._pending.clear()
         _add_products(self.own, quantized, quantized)
         self.own_mean += quantized.sum(axis=1, dtype=np.float64)
@@ -67,6 +80,12 @@ class Sums:
         _add_products(self.cross, quantized, floats)
         _add_products(self.floats, floats, floats)
         self.float_mean += floats.sum(axis=1, dtype=np.float64)
+        if skips:
+            missing = np.concatenate(skips, axis=1)
+            _add_products(self.skip_cross, quantized, missing)
+            _add_products(self.skip_float_cross, floats, missing)
+            self.skip_mean += missing.sum(axis=1, dtype=np.float64)
+            self.skip_power += float(np.einsum("gno,gno->", missing, missing, dtype=np.float64))
 
     def statistics(self) -> Statistics | None:
         """None where there was no row."""
@@ -80,7 +99,13 @@ class Sums:
             cross=self.cross,
             float_mean=None if self.float_mean is None else self.float_mean / self.rows,
             float_gram=self.floats,
+            skip=self._skip(),
         )
+
+    def _skip(self) -> Skip | None:
+        if not self.skip_outputs:
+            return None
+        return Skip(self.skip_cross, self.skip_float_cross, self.skip_mean / self.rows, self.skip_power)
 
 
 def _add_products(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
@@ -89,7 +114,13 @@ def _add_products(total: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def add_batch(
-    sums: Sums, source: RowSource, quantized: Arrays, floats: Arrays | None, most_rows: int, rng: np.random.Generator
+    sums: Sums,
+    source: RowSource,
+    quantized: Arrays,
+    floats: Arrays | None,
+    most_rows: int,
+    rng: np.random.Generator,
+    skip: np.ndarray | None = None,
 ) -> None:
     """Add the rows of one batch.
 
@@ -100,6 +131,7 @@ def add_batch(
         floats: The same in the float net; None where they are the same.
         most_rows: How many rows are taken; of more, one out of each run of neighbours.
         rng: Chooses the one.
+        skip: c = s_f - s_q, of the shape of the operator's output.
     """
     rows = Rows(source, quantized)
     others = None if floats is None else Rows(source, floats)
@@ -112,8 +144,12 @@ def add_batch(
         for piece in pieces:
             sums.add(piece, None)
     else:
+        missing = None if skip is None else output_rows(source, skip)[:, numbers]
+        at = 0
         for piece, other in zip(pieces, others.chunks(numbers, limit), strict=True):
-            sums.add(piece, other)
+            here = slice(at, at + piece.shape[1])
+            at = here.stop
+            sums.add(piece, other, None if missing is None else missing[:, here])
 
 
 def chosen(count: int, most: int, rng: np.random.Generator) -> np.ndarray:

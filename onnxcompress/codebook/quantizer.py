@@ -36,7 +36,7 @@ from onnxcompress.codebook.offers import Form, form_text
 from onnxcompress.codebook.options import DEFAULT_ERROR, HELD_OUT_SHARE, QuantizeOptions
 from onnxcompress.codebook.planning import BudgetError, Item, Plan, Planner, make_menus
 from onnxcompress.codebook.resuming import Checkpoint, feeds_digest, files_digest
-from onnxcompress.codebook.statistics import Calibration, _split
+from onnxcompress.codebook.statistics import Calibration, split_samples
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.data import Dataset, InputSpec, load_data
 from onnxcompress.errors import DataError, QuantizationError, RecipeError
@@ -306,7 +306,7 @@ class _Job:
         return feeds
 
     def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        numbers = _split(len(self.samples), 1 / HELD_OUT_SHARE, self.options.seed)
+        numbers = split_samples(len(self.samples), 1 / HELD_OUT_SHARE, self.options.seed)
         return [self.samples[i] for i in numbers["fit"]], [self.samples[i] for i in numbers["held_out"]]
 
     def _calibration_wishes(self) -> dict[str, Any]:

@@ -125,8 +125,15 @@ class Rows:
                 x = np.swapaxes(x, -1, -2)
             self._view = x.reshape(-1, x.shape[-1])
             self._places = self._view.shape[:1]
+        self._leading = x.shape[:-1]
         self.count = math.prod(self._places)
         self.length = math.prod(self._view.shape) // max(self.count, 1) // source.groups
+
+    def output_shape(self, outputs: int) -> tuple[int, ...]:
+        """The shape of what the operator makes, of forms that ``output_rows`` knows."""
+        if self.source.window is not None:
+            return (self._places[0], outputs, *self._places[1:])
+        return (*self._leading, outputs)
 
     def take(self, numbers: np.ndarray) -> np.ndarray:
         """(groups, n, D) float32 of the rows with these numbers, (n,) int."""
@@ -139,6 +146,16 @@ class Rows:
         step = max(1, limit_bytes // (4 * self.length * self.source.groups))
         for start in range(0, len(numbers), step):
             yield self.take(numbers[start : start + step])
+
+
+def output_rows(source: RowSource, output: np.ndarray) -> np.ndarray:
+    """(groups, n, outputs / group) float32: what the operator makes of each row, in the order of ``Rows``.
+
+    Only of forms whose outputs stand on the channel axis or the last: patches and "last axis".
+    """
+    flat = np.moveaxis(output, 1, -1) if source.window is not None else output
+    flat = flat.reshape(-1, source.groups, flat.shape[-1] // source.groups)
+    return np.asarray(flat.transpose(1, 0, 2), np.float32)
 
 
 def _patches(source: RowSource, x: np.ndarray) -> np.ndarray:

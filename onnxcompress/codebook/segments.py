@@ -18,6 +18,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from onnxcompress.codebook.layers import Layer
+from onnxcompress.codebook.skips import find_skip
 from onnxcompress.codebook.views import static_nodes
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Constant, Graph, Node, Tensor, bodies
@@ -100,6 +101,7 @@ class Network:
         rows = {name for layer in self.layers for use in layer.uses for name in use.rows.tensors}
         self._read_nodes(rows)
         self.stages = self._cut()
+        self.skips = self._find_skips()
         self.needed_until = self._lifetimes()
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -194,6 +196,23 @@ class Network:
             known.update(dict.fromkeys(operation.writes, operation.segment))
         return starts
 
+    def _find_skips(self) -> dict[Layer, str]:
+        """What the output of a layer is added to, where it is known by the layer's stage."""
+        known = dict.fromkeys(self.inputs, 0)
+        known.update((name, operation.segment) for operation in self.operations for name in operation.writes)
+        found: dict[Layer, str] = {}
+        for number, layers in enumerate(self.stages):
+            for layer in layers:
+                skip = find_skip(self._graph, layer)
+                if skip is not None and known.get(skip.name, number + 1) <= number:
+                    found[layer] = skip.name
+        return found
+
+    def read_by(self, layers: Iterable[Layer]) -> set[str]:
+        """Names of the tensors that statistics of these layers are taken of."""
+        rows = {name for layer in layers for use in layer.uses for name in use.rows.tensors}
+        return rows | {self.skips[layer] for layer in layers if layer in self.skips}
+
     def _lifetimes(self) -> dict[str, int]:
         """The last segment or stage that reads each tensor."""
         until: dict[str, int] = {}
@@ -201,7 +220,7 @@ class Network:
             for name in operation.reads:
                 until[name] = max(until.get(name, 0), operation.segment)
         for number, layers in enumerate(self.stages):
-            for name in (name for layer in layers for use in layer.uses for name in use.rows.tensors):
+            for name in self.read_by(layers):
                 until[name] = max(until.get(name, 0), number)
         return until
 

@@ -14,7 +14,7 @@ touched yet are the same in both nets and are computed and kept once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from onnxcompress.codebook.activations import Activations
 from onnxcompress.codebook.codebook import Statistics
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.moments import MIN_ROWS, Sums, add_batch, id_counts
-from onnxcompress.codebook.rows import RowSource
+from onnxcompress.codebook.rows import Rows, RowSource
 from onnxcompress.codebook.segments import Network, Operation, Replacements, prune
 from onnxcompress.graph import Graph
 from onnxcompress.runtime import RunOptions, Runtime
@@ -86,9 +86,9 @@ class Calibration:
         self._quantized = Activations(memory_limit_bytes // 2, folder)
         self._touched: set[str] = set()
         self._replacements = Replacements()
-        self._known: dict[tuple[tuple[RowSource, ...], Part], Statistics | None] = {}
+        self._known: dict[tuple[tuple[RowSource, ...], str | None, Part], Statistics | None] = {}
         self._current: list[Layer] = []
-        self._parts = _split(len(self.samples), held_out_fraction, seed)
+        self._parts = split_samples(len(self.samples), held_out_fraction, seed)
 
     def __enter__(self) -> Calibration:
         return self
@@ -147,9 +147,11 @@ class Calibration:
         self._check_present(layer)
         if self.why_no_statistics(layer) is not None or not self._parts[part]:
             return None
-        key = (tuple(use.rows for use in layer.uses if use.rows.form != "ids"), part)
+        skip = self._network.skips.get(layer)
+        skip = skip if skip in self._touched else None
+        key = (tuple(use.rows for use in layer.uses if use.rows.form != "ids"), skip, part)
         if key not in self._known:
-            self._known[key] = self._sum(layer, key[0], part)
+            self._known[key] = self._sum(layer, key[0], skip, part)
         return self._known[key]
 
     def why_no_statistics(self, layer: Layer) -> str | None:
@@ -199,7 +201,7 @@ class Calibration:
         needed = self._network.needed_until
         # A row source of this very stage is needed after the segment; what only its own nodes read is not.
         read_here = {name for operation in operations for name in operation.reads}
-        rows = {name for layer in self._network.stages[number] for use in layer.uses for name in use.rows.tensors}
+        rows = self._network.read_by(self._network.stages[number])
         wanted = {n for n in made if needed.get(n, -1) > number or n in rows}
         touched: list[Operation] = []
         for operation in operations:
@@ -262,12 +264,14 @@ class Calibration:
 
     # -- sums --------------------------------------------------------------------------------------------------------
 
-    def _sum(self, layer: Layer, sources: Sequence[RowSource], part: Part) -> Statistics | None:
+    def _sum(self, layer: Layer, sources: Sequence[RowSource], skip: str | None, part: Part) -> Statistics | None:
         samples = self._parts[part]
-        paired = any(self._touched.intersection(source.tensors) for source in sources) and all(
-            self._same_shapes(source, samples) for source in sources
-        )
-        sums = Sums(layer.groups, layer.length, paired)
+        tensors = {name for source in sources for name in source.tensors}
+        if skip is not None and not self._fits(layer, sources[0], skip, samples):
+            skip = None
+        paired = (skip is not None or not self._touched.isdisjoint(tensors)) and self._same_shapes(tensors, samples)
+        skip = skip if paired else None
+        sums = Sums(layer.groups, layer.length, paired, 0 if skip is None else layer.outputs // layer.groups)
         share = self.rows_per_input if part == "fit" else -(-self.rows_per_input // 4)
         most = -(-max(MIN_ROWS, share * layer.length) // (len(samples) * len(sources)))
         rng = np.random.default_rng([self.seed, part == "held_out"])
@@ -275,19 +279,35 @@ class Calibration:
             for index in samples:
                 quantized = [self._value(name, index, quantized=True) for name in source.tensors]
                 floats = [self._value(name, index, quantized=False) for name in source.tensors] if paired else None
-                add_batch(sums, source, quantized, floats, most, rng)
+                missing = None if skip is None else self._missing(skip, index)
+                add_batch(sums, source, quantized, floats, most, rng, missing)
         return sums.statistics()
 
-    def _same_shapes(self, source: RowSource, samples: Sequence[int]) -> bool:
-        """Whether both nets have the same rows: a size that depends on values may differ."""
+    def _missing(self, skip: str, index: int) -> np.ndarray:
+        """c = s_f - s_q, float32."""
+        floats = np.asarray(self._value(skip, index, quantized=False), np.float32)
+        return floats - np.asarray(self._value(skip, index, quantized=True), np.float32)
+
+    def _same_shapes(self, names: Iterable[str], samples: Sequence[int]) -> bool:
+        """Whether tensors are of one size in both nets: one that depends on values may differ."""
         return all(
             np.shape(self._value(name, index, quantized=True)) == np.shape(self._value(name, index, quantized=False))
-            for name in source.tensors
+            for name in names
             for index in samples
         )
 
+    def _fits(self, layer: Layer, source: RowSource, skip: str, samples: Sequence[int]) -> bool:
+        """Whether the tensor that the output is added to has the output's shape, so that neither is broadcast."""
+        if not self._same_shapes([skip], samples):
+            return False
+        for index in samples:
+            rows = Rows(source, [self._value(name, index, quantized=True) for name in source.tensors])
+            if np.shape(self._value(skip, index, quantized=True)) != rows.output_shape(layer.outputs):
+                return False
+        return True
 
-def _split(count: int, fraction: float, seed: int) -> dict[Part, list[int]]:
+
+def split_samples(count: int, fraction: float, seed: int) -> dict[Part, list[int]]:
     """Sample numbers of both parts."""
     held = 0 if count < 2 or fraction == 0 else min(max(1, round(fraction * count)), count - 1)
     order = np.random.default_rng(seed).permutation(count)

@@ -1,9 +1,11 @@
 """Where a layer's weight should go: towards the output of the float net, on the input that the quantized net gives.
 
     covariances   C = E[x_q x_q'] - m_q m_q',    X = E[x_q x_f'] - m_q m_f'
-    target        W_t = W + W (X - C)' (C + lambda I)^-1
-    bias          b' = b + W m_f - W_q m_q
+    target        W_t = W + (W (X - C)' + K') (C + lambda I)^-1
+    bias          b' = b + W m_f - W_q m_q + E[c]
 
+Where the output is added to a tensor s (a residual connection), c = s_f - s_q is what the quantized net lost on that
+path, and K = E[x_q c'] - m_q E[c]' : the layer makes up for it as far as its input tells it. Elsewhere both are 0.
 W_t is the ridge regression of the float output on x_q, pulled towards W instead of 0. With that bias the output error
 has mean zero, so that what is left to minimize is  tr((W_t - W_q) C (W_t - W_q)') : the covariance, not the second
 moment.
@@ -11,7 +13,7 @@ moment.
 
 import numpy as np
 
-from onnxcompress.codebook.codebook import Statistics
+from onnxcompress.codebook.codebook import Skip, Statistics
 
 
 def by_group(weight: np.ndarray, groups: int) -> np.ndarray:
@@ -31,6 +33,14 @@ def covariance(statistics: Statistics) -> np.ndarray:
 def second_moment(statistics: Statistics) -> np.ndarray:
     """(groups, D, D) float64: E[x_q x_q'], symmetric."""
     return np.asarray((statistics.gram + statistics.gram.transpose(0, 2, 1)) / (2 * statistics.rows))
+
+
+def skip_moment(statistics: Statistics, *, centred: bool = True) -> np.ndarray:
+    """(groups, D, outputs / group) float64: E[x_q c'], or the covariance of the two."""
+    skip = statistics.skip
+    assert skip is not None, "the caller has looked"
+    moment = skip.cross / statistics.rows
+    return moment - statistics.mean[:, :, None] * skip.mean[:, None, :] if centred else moment
 
 
 def float_target(weight: np.ndarray, statistics: Statistics, *, damping: float, centred: bool = True) -> np.ndarray:
@@ -57,6 +67,8 @@ def float_target(weight: np.ndarray, statistics: Statistics, *, damping: float, 
     ridge = np.maximum(damping * mean_diagonal, np.finfo(np.float64).tiny)
     rows = by_group(weight, groups)
     wanted = (cross - own) @ rows.transpose(0, 2, 1)  # (groups, D, outputs / group)
+    if statistics.skip is not None:
+        wanted = wanted + skip_moment(statistics, centred=centred)
     shift = np.linalg.solve(own + ridge[:, None, None] * np.eye(length), wanted)
     return np.asarray((rows + shift.transpose(0, 2, 1)).reshape(weight.shape))
 
@@ -70,11 +82,15 @@ def corrected_bias(
     wanted = np.einsum("god,gd->go", by_group(weight.astype(np.float64), groups), float_mean)
     given = np.einsum("god,gd->go", by_group(decoded.astype(np.float64), groups), statistics.mean)
     shift = (wanted - given).reshape(-1)
+    if statistics.skip is not None:
+        shift = shift + statistics.skip.mean.reshape(-1)
     return np.asarray(shift if bias is None else bias.astype(np.float64) + shift, np.float32)
 
 
 class OutputError:
     """||Y_f - Y_q||_F / ||Y_f - mean(Y_f)||_F over all rows and outputs of a layer, from the moments alone.
+
+    Where the output is added to a tensor, the numerator is that of the sum, ||Y_f + S_f - Y_q - S_q||_F.
 
     The numerator keeps a wrong mean in; the denominator is the float output's deviation from its own mean, so that an
     error of 1 says: as bad as a constant. An output that is constant has infinite error unless it is met exactly.
@@ -107,6 +123,18 @@ class OutputError:
         self._spread = energy(self._weight, float_own)
         self._mixed = self._weight @ (cross - self._own).transpose(0, 2, 1)
         self._moved = energy(self._weight, float_own - cross - cross.transpose(0, 2, 1) + self._own)
+        if statistics.skip is not None:
+            self._add_skip(statistics, statistics.skip, float_mean)
+
+    def _add_skip(self, statistics: Statistics, skip: Skip, float_mean: np.ndarray) -> None:
+        """With c: tr(d C d') + 2 tr(d ((X - C) W' + K)) + E|W (x_f - x_q) + c|^2, all centred."""
+        own = skip_moment(statistics)
+        floats = skip.float_cross / statistics.rows - float_mean[:, :, None] * skip.mean[:, None, :]
+        assert self._mixed is not None, "a skip comes with the moments of both inputs"
+        self._mixed = self._mixed + own.transpose(0, 2, 1)
+        self._moved += 2 * float(np.einsum("god,gdo->", self._weight, floats - own))
+        self._moved += skip.power / statistics.rows - float((skip.mean**2).sum())
+        self._mean_output = self._mean_output + skip.mean.reshape(-1)
 
     def __call__(self, decoded: np.ndarray, bias: np.ndarray | None) -> float:
         """The error of a quantized layer: (outputs, D) and (outputs,) or None."""

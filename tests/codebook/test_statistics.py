@@ -130,6 +130,29 @@ def assert_moments(found, q, f, rel=2e-6):
     close(found.float_mean, f.mean(axis=1))
 
 
+def skipped(proto, quantized, name, layer, samples, axis=1):
+    """(groups, n, outputs / group) of what the output is added to, in both nets, outputs on an axis."""
+    both = []
+    for net in (quantized, proto):
+        values = [np.moveaxis(tensor_of(net, name, x), axis, -1).reshape(-1, layer.outputs) for x in samples]
+        rows = np.concatenate(values).astype(np.float64)
+        both.append(rows.reshape(len(rows), layer.groups, -1).transpose(1, 0, 2))
+    return both
+
+
+def assert_skip(found, q, f, s_q, s_f, rel=2e-6):
+    """Measured 5e-7 at worst."""
+    c = s_f - s_q
+    for actual, expected in (
+        (found.skip.cross, q.transpose(0, 2, 1) @ c),
+        (found.skip.float_cross, f.transpose(0, 2, 1) @ c),
+        (found.skip.mean, c.mean(axis=1)),
+        (np.array(found.skip.power), np.array((c**2).sum())),
+    ):
+        assert actual.shape == expected.shape
+        assert np.abs(actual - expected).max() <= rel * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_statistics_are_those_of_both_nets(runtime, batch, memory):
@@ -151,8 +174,12 @@ def test_statistics_are_those_of_both_nets(runtime, batch, memory):
                 for part, numbers in calibration._parts.items():
                     own = [samples[i] for i in numbers]
                     found = calibration.statistics(layer, part)
-                    assert_moments(found, *brute_force(proto, quantized_net, layer, own))
+                    rows = brute_force(proto, quantized_net, layer, own)
+                    assert_moments(found, *rows)
                     assert (found.cross is None) == (layer.name == "W1")
+                    assert (found.skip is None) == (layer.name != "W2")
+                    if found.skip is not None:
+                        assert_skip(found, *rows, *skipped(proto, quantized_net, "r", layer, own))
             for layer in stage:
                 form = to_int8(layer.matrix() * np.float32(1.05), rand(layer.outputs) if layer.has_bias else None)
                 encode(written, later[layer.name], form)
@@ -480,3 +507,138 @@ def test_same_seed_same_statistics(runtime):
     same, other = (np.array_equal(grams[0], gram) for gram in grams[1:])
     assert same and not other
     assert len(list(itertools.chain(*calibration._parts.values()))) == 3
+
+
+# -- what an output is added to --------------------------------------------------------------------------------------
+
+ONE, SQUARE = (6, 4, 1, 1), (6, 6, 1, 1)
+PATCHES = (6, 3, 3, 3)
+
+
+def last(x):
+    return x.reshape(1, -1, x.shape[-1]).astype(np.float64)
+
+
+def grouped(x):
+    return naive_rows(x, (3, 3), (1, 1), (1, 1), groups=2)
+
+
+def turned(x):
+    return grouped(x).reshape(2, -1, 3, 3, 3)[..., ::-1, ::-1].reshape(2, -1, 27)
+
+
+SKIPS = {  # nodes, weights, rows of B and of what tensor, the tensor that is added and its axis of outputs
+    "right": ("a = Conv(x, A) y = Conv(a, B) z = Add(y, a)", {"A": ONE, "B": SQUARE}, naive_rows, "a", "a", 1),
+    "left": ("a = Conv(x, A) y = Conv(a, B) z = Add(a, y)", {"A": ONE, "B": SQUARE}, naive_rows, "a", "a", 1),
+    "groups": (
+        "a = Conv(x, A) y = Conv<group = 2, pads = [1, 1, 1, 1]>(a, B) z = Add(y, a)",
+        {"A": ONE, "B": PATCHES},
+        grouped,
+        "a",
+        "a",
+        1,
+    ),
+    "ConvTranspose": (
+        "a = Conv(x, A) y = ConvTranspose<group = 2, pads = [1, 1, 1, 1]>(a, B) z = Add(y, a)",
+        {"A": ONE, "B": PATCHES},
+        turned,
+        "a",
+        "a",
+        1,
+    ),
+    "MatMul": (
+        "a = MatMul(x, A) t = Tanh(a) y = MatMul(t, B) z = Add(y, a)",
+        {"A": (5, 6), "B": (6, 6)},
+        last,
+        "t",
+        "a",
+        3,
+    ),
+    "bias": (
+        "a = MatMul(x, A) t = Tanh(a) y = MatMul(t, B) u = Add(y, v) z = Add(a, u)",
+        {"A": (5, 6), "B": (6, 6), "v": (6,)},
+        last,
+        "t",
+        "a",
+        3,
+    ),
+    "projection": (
+        "p = Conv(x, A) h = Conv(x, C) r = Relu(h) y = Conv(r, B) z = Add(y, p)",
+        {"A": ONE, "B": (6, 8, 1, 1), "C": (8, 4, 1, 1)},
+        naive_rows,
+        "r",
+        "p",
+        1,
+    ),
+    "input untouched": (
+        "p = Conv(x, A) s = Relu(p) w = Conv(s, C) y = Conv(x, B) u = Add(w, y) z = Relu(u)",
+        {"A": ONE, "C": SQUARE, "B": ONE},
+        naive_rows,
+        "x",
+        None,
+        1,
+    ),
+}
+
+
+def skips(runtime, body, weights, look):
+    """Call ``look(layer, statistics, quantized net, own samples)`` for each layer; each is disturbed after it."""
+    text = f"g (float[N,4,6,5] x) => (float[?,?,?,?] z) {{ {body} }}"
+    graph, changed = graph_of(model(text, **weights)), graph_of(model(text, **weights))
+    layers, _ = find_layers(graph)
+    later = {layer.name: layer for layer in find_layers(changed)[0]}
+    samples = [{"x": rand(2, 4, 6, 5)} for _ in range(4)]
+    with Calibration(graph, layers, samples, runtime=runtime, rows_per_input=EVERY_ROW) as calibration:
+        own = [samples[i] for i in calibration._parts["fit"]]
+        for stage in calibration.stages():
+            net = to_proto(changed)
+            for layer in stage:
+                look(layer, calibration.statistics(layer), net, own)
+            for layer in stage:
+                form = to_int8(layer.matrix() * np.float32(1.05))
+                encode(changed, later[layer.name], form)
+                calibration.replace(layer, form.decode())
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_what_the_output_is_added_to(runtime, name):
+    body, shapes, unfold, source, skip, axis = SKIPS[name]
+    weights = {key: rand(*shape) for key, shape in shapes.items()}
+    proto = model(f"g (float[N,4,6,5] x) => (float[?,?,?,?] z) {{ {body} }}", **weights)
+    found = {}
+
+    def look(layer, statistics, net, own):
+        found[layer.name] = statistics.skip is not None
+        if layer.name == "B" and skip is not None:
+            q, f = (np.concatenate([unfold(tensor_of(m, source, x)) for x in own], 1) for m in (net, proto))
+            assert_moments(statistics, q, f)
+            assert_skip(statistics, q, f, *skipped(proto, net, skip, layer, own, axis))
+
+    skips(runtime, body, weights, look)
+    # Where both operands come from layers, the one that is quantized last knows of the other.
+    assert [key for key, given in found.items() if given] == (["B"] if skip is not None else ["C"])
+
+
+NO_SKIP = {
+    "another reader": ("a = Conv(x, A) y = Conv(a, B) r = Relu(y) u = Add(y, a) z = Add(u, r)", {}),
+    "not a sum": ("a = Conv(x, A) y = Conv(a, B) z = Mul(y, a)", {}),
+    "broadcast": ("a = Conv(x, A) m = GlobalAveragePool(a) y = Conv(a, B) z = Add(y, m)", {}),
+    "output is broadcast": ("a = Conv(x, A) m = GlobalAveragePool(a) y = Conv(m, B) z = Add(y, a)", {}),
+    "same in both nets": ("a = Conv(x, A) y = Conv(a, B) z = Add(y, s)", {"s": (1, 6, 6, 5)}),
+    "twice": ("a = Conv(x, A) y = Conv(a, B) z = Add(y, y)", {}),
+    "an activation between": ("a = Conv(x, A) y = Conv(a, B) r = Relu(y) z = Add(r, a)", {}),
+}
+
+
+@pytest.mark.parametrize("name", NO_SKIP)
+def test_no_skip(runtime, name):
+    body, more = NO_SKIP[name]
+    weights = {"A": rand(*ONE), "B": rand(*SQUARE), **{key: rand(*shape) for key, shape in more.items()}}
+    seen = []
+
+    def look(layer, statistics, net, own):
+        assert statistics.skip is None
+        seen.append(layer.name)
+
+    skips(runtime, body, weights, look)
+    assert seen == ["A", "B"]
