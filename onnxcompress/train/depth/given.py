@@ -194,7 +194,7 @@ class Given:
             {name: value.numpy() for name, value in feed.items()},
             threads=self.options.threads or 1,
             budget_s=TIMING_S,
-            max_runs=2000,
+            max_runs=1000,
         )
 
     def build(self, blocks: Sequence[Block]) -> Supernet:
