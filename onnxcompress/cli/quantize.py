@@ -74,6 +74,12 @@ class Parsed(click.ParamType[float]):
     show_default=True,
     help="Tune all codebooks together, without labels; needs torch.",
 )
+@click.option(
+    "--optimize/--no-optimize",
+    default=None,
+    help="Run the exact passes of `optimize` first [default: on, but off with --method bgd and --tune full, which need "
+    "BatchNormalization]. Layers are then named as in the optimized graph; comparisons are with IN.",
+)
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave the weights of these names as they are.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Quantize the weights of these names only.")
 @click.option("--limit", type=POSITIVE, default=256, show_default=True, help="Use at most so many samples of --data.")

@@ -42,6 +42,7 @@ class QuantizeOptions:
         jobs: Layers at once; None for one a processor. The result does not depend on it.
         dask: Address of a Dask scheduler to quantize layers on.
         custom_ops: Shared library with custom operators.
+        optimize: Run the exact passes of ``onnxcompress optimize`` first; None unless BatchNormalization is needed.
         seed: Same seed, same file.
         dry_run: Plan only.
         resume: Go on from a run that was stopped.
@@ -64,6 +65,7 @@ class QuantizeOptions:
     jobs: int | None = None
     dask: str | None = None
     custom_ops: Path | None = None
+    optimize: bool | None = None
     seed: int = 0
     dry_run: bool = False
     resume: bool = True
@@ -86,6 +88,11 @@ class QuantizeOptions:
             raise RecipeError(f"--tune {self.tune} needs samples: give --data")
         if self.metric is not None and self.val is None:
             raise RecipeError(f"metric {self.metric} needs samples of its own: give --val")
+
+    @property
+    def optimizes(self) -> bool:
+        """Whether the exact passes run first."""
+        return self.optimize if self.optimize is not None else self.tune != "full" and self.method != "bgd"
 
 
 def parse_ratio(text: str) -> float:

@@ -20,12 +20,13 @@ from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.offers import Curve, Estimate, Form, estimate_forms, form_text
 from onnxcompress.codebook.resuming import Checkpoint
+from onnxcompress.codebook.shaving import NAMES_PAY, SMALL_FILE_BYTES, Shaving, shave
 from onnxcompress.codebook.statistics import Calibration
 from onnxcompress.codebook.target import corrected_bias
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Graph
-from onnxcompress.model_io import StagedFile, load, read_proto
+from onnxcompress.model_io import StagedFile, load
 
 MAX_CORRECTIONS = 8  # of the budget, until the file meets it
 Done = Callable[[Layer], None]
@@ -72,12 +73,15 @@ class Plan:
         forms: By the layer's name; "keep" ones too.
         size_bytes: Of the file.
         damage: Predicted, a relative squared error of the outputs.
+        items: The forms with their costs.
+        shaving: What is done to the rest of the file.
     """
 
     forms: Mapping[str, Form]
     size_bytes: int
     damage: float
     items: Mapping[str, Item] = field(default_factory=dict)
+    shaving: Shaving = Shaving.NONE
 
     @property
     def digest(self) -> str:
@@ -94,28 +98,35 @@ class Planner:
     """Allocates forms within sizes.
 
     Args:
-        path: The model.
-        original_bytes: Its size with external data.
+        path: The graph that is quantized.
+        original_bytes: Size of the user's file with external data; ratios in messages are against it.
         layers: Those that may change.
         menus: What is on offer, in the order of ``layers``.
         name: Of the file to be; that of a data file beside it stands in the file.
+        graph_bytes: Size of ``path``, where that is not the user's file.
     """
 
     def __init__(
-        self, path: Path, original_bytes: int, layers: Sequence[Layer], menus: Sequence[Menu], name: str | None = None
+        self,
+        path: Path,
+        original_bytes: int,
+        layers: Sequence[Layer],
+        menus: Sequence[Menu],
+        name: str | None = None,
+        graph_bytes: int | None = None,
     ) -> None:
         self.path, self.original_bytes, self.name = path, original_bytes, name or path.name
+        self.graph_bytes = original_bytes if graph_bytes is None else graph_bytes
         self.layers, self.menus = list(layers), list(menus)
-        self.fixed_bytes = original_bytes - sum(layer.stored_bytes for layer in layers)
-        self._sizes: dict[tuple[Form, ...], int] = {}
+        self._sizes: dict[tuple[Shaving, tuple[Form, ...]], int] = {}
 
     @property
     def _offers(self) -> list[list[Offer]]:
         return [[item.offer for item in menu.items] for menu in self.menus]
 
-    def smallest(self) -> Plan:
+    def smallest(self, shaving: Shaving = Shaving.NAMES) -> Plan:
         """Everything as small as it gets."""
-        return self._plan(allocate(self._offers, smallest_size(self._offers)))
+        return self._plan(allocate(self._offers, smallest_size(self._offers)), shaving)
 
     def within(self, budget_bytes: int) -> Plan:
         """The least damage in a file of at most so many bytes.
@@ -123,41 +134,51 @@ class Planner:
         Raises:
             BudgetError: There is none.
         """
-        if budget_bytes >= self.original_bytes:
+        if budget_bytes >= self.graph_bytes:
             return self._plan([0] * len(self.menus))
+        for shaving in self._shavings(budget_bytes):
+            best = self._within(budget_bytes, shaving)
+            if best is not None:
+                return best
+        plan = self.smallest()
+        reached = self.original_bytes / plan.size_bytes
+        raise BudgetError(
+            f"{budget_bytes} bytes cannot be reached: the smallest file is {plan.size_bytes} bytes ({reached:.1f}x)"
+        )
+
+    def _shavings(self, size_bytes: int) -> list[Shaving]:
+        """What may be shaved off a file of this size, in the order of preference."""
+        if size_bytes > SMALL_FILE_BYTES:
+            return list(Shaving)
+        gained = self.smallest(Shaving.PLAIN).size_bytes - self.smallest(Shaving.NAMES).size_bytes
+        return [Shaving.NAMES] if gained >= NAMES_PAY * size_bytes else [Shaving.PLAIN, Shaving.NAMES]
+
+    def _within(self, budget_bytes: int, shaving: Shaving) -> Plan | None:
         offers = self._offers
-        room = budget_bytes - self.fixed_bytes
-        best: Plan | None = None
+        least = self.smallest(shaving)
+        if least.size_bytes > budget_bytes:
+            return None
+        best = least
+        room = budget_bytes - least.size_bytes + smallest_size(offers)
         for _ in range(MAX_CORRECTIONS):
             if room < smallest_size(offers):
                 break
-            plan = self._plan(allocate(offers, room))
+            plan = self._plan(allocate(offers, room), shaving)
             if plan.size_bytes <= budget_bytes:
-                if best is None or plan.damage < best.damage:
+                if plan.damage < best.damage:
                     best = plan
                 if budget_bytes - plan.size_bytes < 64 or best is not plan:
                     break
             room += budget_bytes - plan.size_bytes
-        if best is not None:
-            return best
-        plan = self.smallest()
-        if plan.size_bytes <= budget_bytes:
-            return plan
-        reached = self.original_bytes / plan.size_bytes
-        raise BudgetError(
-            f"{budget_bytes} bytes cannot be reached: the smallest file is {plan.size_bytes} bytes ({reached:.1f}x)"
-            f"{self._way_out()}"
-        )
-
-    def _way_out(self) -> str:
-        """What else takes bytes and need not."""
-        count = sum(node.op_type == "BatchNormalization" for node in read_proto(self.path).graph.node)
-        return f"; optimize it first, which folds {count} BatchNormalization nodes away" if count else ""
+        return best
 
     def for_damage(self, damage: float) -> Plan:
         """The smallest file of at most this damage."""
-        plan = self._plan(least_size_for_damage(self._offers, damage))
-        return plan if plan.size_bytes < self.original_bytes else self._plan([0] * len(self.menus))
+        chosen = least_size_for_damage(self._offers, damage)
+        plan = self._plan(chosen)
+        if plan.size_bytes <= SMALL_FILE_BYTES and not plan.keeps_all:
+            plan = self._plan(chosen, self._shavings(plan.size_bytes)[0])
+        return plan if plan.size_bytes < self.graph_bytes else self._plan([0] * len(self.menus))
 
     def exclude(self, name: str, form: Form) -> None:
         """Take a form that turned out impossible off a menu; "keep" always stays."""
@@ -165,16 +186,17 @@ class Planner:
             if menu.name == name:
                 menu.items = [item for item in menu.items if item.form != form or item.form == "keep"]
 
-    def _plan(self, chosen: Sequence[int]) -> Plan:
+    def _plan(self, chosen: Sequence[int], shaving: Shaving = Shaving.NONE) -> Plan:
         items = {menu.name: menu.items[index] for menu, index in zip(self.menus, chosen, strict=True)}
         forms = {name: item.form for name, item in items.items()}
-        return Plan(forms, self._exact_size(forms), sum(item.damage for item in items.values()), items)
+        damage = sum(item.damage for item in items.values())
+        return Plan(forms, self._exact_size(forms, shaving), damage, items, shaving)
 
-    def _exact_size(self, forms: Mapping[str, Form]) -> int:
+    def _exact_size(self, forms: Mapping[str, Form], shaving: Shaving) -> int:
         """The file's size, by writing one with these forms and no content."""
-        key = tuple(forms[layer.name] for layer in self.layers)
-        if all(form == "keep" for form in key):
-            return self.original_bytes
+        key = shaving, tuple(forms[layer.name] for layer in self.layers)
+        if all(form == "keep" for form in key[1]):
+            return self.graph_bytes
         if key not in self._sizes:
             graph = load(self.path)
             new_bias = {menu.name for menu in self.menus if menu.new_bias}
@@ -182,13 +204,20 @@ class Planner:
                 form = forms.get(layer.name, "keep")
                 if form != "keep":
                     encode(graph, layer, hollow(layer, form, new_bias=layer.name in new_bias))
-            add_low_memory_hint(graph)
+            finish(graph, shaving)
             with (
                 tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder,
                 StagedFile(graph, Path(folder) / self.name) as staged,
             ):
                 self._sizes[key] = staged.size_bytes
         return self._sizes[key]
+
+
+def finish(graph: Graph, shaving: Shaving) -> None:
+    """What is left to do when all layers are encoded: say how they stay packed, or save the bytes of that as well."""
+    if shaving == Shaving.NONE:
+        add_low_memory_hint(graph)
+    shave(graph, shaving)
 
 
 def hollow(layer: Layer, form: Form, *, new_bias: bool = False) -> QuantizedLayer | Int8Layer | Float16Layer:
@@ -346,4 +375,4 @@ def _read(written: Any) -> Form:
     return Choice(*written) if isinstance(written, list) else written
 
 
-__all__ = ["BudgetError", "Estimate", "Item", "Menu", "Plan", "Planner", "hollow", "make_menus"]
+__all__ = ["BudgetError", "Estimate", "Item", "Menu", "Plan", "Planner", "finish", "hollow", "make_menus"]

@@ -1,5 +1,6 @@
 """``quantize``: codebook weights for a model, within a byte budget or a drop of quality.
 
+0. graph       the exact passes of ``optimize``; every comparison stays with the file that was given
 1. menus       every layer's forms, their errors and what they do to the outputs (``planning.py``)
 2. plan        a form for each layer, within the bytes asked for, counted to the byte
 3. layers      in execution order, each aimed at the float net on the input that the quantized net gives it
@@ -15,6 +16,7 @@ import fnmatch
 import functools
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +28,7 @@ import onnx
 
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics
 from onnxcompress.codebook.damage import DamageMeter
-from onnxcompress.codebook.encoding import add_low_memory_hint, encode
+from onnxcompress.codebook.encoding import encode
 from onnxcompress.codebook.evaluation import Judge, Quality
 from onnxcompress.codebook.layer import quantize_layer
 from onnxcompress.codebook.layers import Layer, Refusal, find_layers
@@ -34,8 +36,10 @@ from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.narrowing import narrow_layer
 from onnxcompress.codebook.offers import Form, form_text
 from onnxcompress.codebook.options import DEFAULT_ERROR, HELD_OUT_SHARE, QuantizeOptions
-from onnxcompress.codebook.planning import BudgetError, Item, Plan, Planner, make_menus
+from onnxcompress.codebook.planning import BudgetError, Item, Plan, Planner, finish, make_menus
+from onnxcompress.codebook.preparing import prepare
 from onnxcompress.codebook.resuming import Checkpoint, feeds_digest, files_digest
+from onnxcompress.codebook.shaving import Shaving
 from onnxcompress.codebook.statistics import Calibration, split_samples
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.data import Dataset, InputSpec, load_data
@@ -144,7 +148,7 @@ class QuantizeResult:
     @property
     def unchanged(self) -> bool:
         """Whether the result is a copy."""
-        return all(row.form == "keep" for row in self.layers)
+        return self.before_bytes == self.after_bytes and all(row.form == "keep" for row in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -234,8 +238,10 @@ class _Job:
         sources = list(external_files(self.proto, path.parent))
         if output is not None:
             check_target(output, sources)
-        self.graph = load(path)
-        self.original_bytes = size_on_disk(path, self.graph)
+        self.original_bytes = size_on_disk(path, load(path))
+        self.base = self._prepared(stack)  # what is quantized, and what layers are compared with
+        self.graph = load(self.base)
+        self.base_bytes = size_on_disk(self.base, self.graph)
         self.layers, self.refusals = self._choose(*find_layers(self.graph))
         self.run_options = RunOptions("off", custom_ops=options.custom_ops)
         self.samples = self._samples()
@@ -254,6 +260,7 @@ class _Job:
             None if output is None or options.dry_run else checkpoint_folder(output),
             {
                 "model": files_digest([path, *sources]),
+                "optimized model": files_digest([self.base, *external_files(read_proto(self.base), self.base.parent)]),
                 "samples": feeds_digest(self.samples),
                 "options": self._identity(),
             },
@@ -267,11 +274,27 @@ class _Job:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
+    def _prepared(self, stack: contextlib.ExitStack) -> Path:
+        """The model as the passes of ``optimize`` leave it, or the model itself."""
+        if not self.options.optimizes:
+            if self.options.optimize is None:
+                self.notes.append("not optimized first: training with statistics of batches needs BatchNormalization")
+            return self.path
+        self.report(Progress("optimizing"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-")))
+        wishes: dict[str, Any] = {"custom_ops": self.options.custom_ops, "seed": self.options.seed}
+        prepared = prepare(self.path, folder, self.runtime, **wishes)
+        if prepared.note:
+            self.notes.append(prepared.note)
+        return prepared.path
+
     def _choose(self, layers: list[Layer], refusals: list[Refusal]) -> tuple[list[Layer], list[Refusal]]:
         """The layers that the user lets us change."""
         for pattern in (*self.options.keep, *self.options.only):
             if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
-                raise RecipeError(f"{pattern!r} names no layer of {self.path}; --dry-run lists them")
+                raise RecipeError(
+                    f"{pattern!r} names no layer of {self.path}; --dry-run lists them, named as after optimizing"
+                )
         kept, refused = [], list(refusals)
         for layer in layers:
             if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in self.options.keep):
@@ -346,7 +369,7 @@ class _Job:
         else:
             plan = self._first_plan(planner)
             made, plan = self._quantize(planner, plan, lambda: self._first_plan(planner))
-            with self._staged(made) as staged:
+            with self._staged(made, plan.shaving) as staged:
                 quality = self._judge(staged)
                 self._check_budget(staged.size_bytes)
                 result = self._result(plan, made, quality, self.output, staged.size_bytes)
@@ -377,7 +400,7 @@ class _Job:
                 done=finished,
             )
         name = self.path.name if self.output is None else self.output.name
-        return Planner(self.path, self.original_bytes, self.layers, menus, name)
+        return Planner(self.base, self.original_bytes, self.layers, menus, name, self.base_bytes)
 
     def _meter(self) -> DamageMeter | None:
         if not self.layers:
@@ -418,7 +441,7 @@ class _Job:
                 plan = planner.for_damage(damage)
                 replan = functools.partial(planner.for_damage, damage)
                 made, plan = self._quantize(planner, plan, replan)
-                staged = stack.enter_context(self._staged(made))
+                staged = stack.enter_context(self._staged(made, plan.shaving))
                 quality = self._judge(staged)
                 logger.info("%s bytes: %s drops by %.4f", staged.size_bytes, quality.criterion, quality.drop)
                 if quality.drop <= limit:
@@ -437,7 +460,7 @@ class _Job:
             if best is None:  # the original itself drops by nothing
                 plan = planner.within(planner.original_bytes)
                 made, plan = self._quantize(planner, plan, lambda: plan)
-                staged = stack.enter_context(self._staged(made))
+                staged = stack.enter_context(self._staged(made, plan.shaving))
                 best = staged, self._result(plan, made, self._judge(staged), self.output, staged.size_bytes)
                 if nearest is not None:
                     drop, size = nearest
@@ -512,18 +535,18 @@ class _Job:
                     calibration.replace(layer, stored.decode(), stored.bias if layer.has_bias else None)
         return made
 
-    def _staged(self, made: Mapping[str, tuple[Stored, float | None]]) -> StagedFile:
+    def _staged(self, made: Mapping[str, tuple[Stored, float | None]], shaving: Shaving) -> StagedFile:
         """Write the file beside its place, with what was made in it."""
         assert self.output is not None
         self.report(Progress("writing"))
-        graph = load(self.path)
+        graph = load(self.base)
         if made:
             for layer in find_layers(graph)[0]:
                 if layer.name in made:
                     encode(graph, layer, _without_idle_bias(layer, made[layer.name][0]))
-            add_low_memory_hint(graph)
-        if self.options.tune != "none" and made:
-            self._tune(graph)
+            if self.options.tune != "none":
+                self._tune(graph)
+            finish(graph, shaving)
         return StagedFile(graph, self.output)
 
     def _tune(self, graph: Graph) -> None:
@@ -533,7 +556,7 @@ class _Job:
         def step(state: Any) -> None:
             self.report(Progress("tuning", "", state.step, state.total))
 
-        done = tune(graph, self.fit, self.held_out, reference_model=self.path, mode=self.options.tune, progress=step)
+        done = tune(graph, self.fit, self.held_out, reference_model=self.base, mode=self.options.tune, progress=step)
         self.notes.append(
             f"tuned for {done.steps} steps: relative error {done.before:.4f} -> {done.after:.4f} on held-out samples; "
             "errors of layers are those before"
@@ -562,7 +585,10 @@ class _Job:
     ) -> QuantizeResult:
         rows = [_row(layer, plan.items[layer.name], made) for layer in self.layers]
         if made is not None and plan.keeps_all:
-            self.notes.append("nothing could be gained: the output is a copy of the input")
+            copy = "nothing could be gained: the output is a copy of the input"
+            self.notes.append(copy if self.base == self.path else "no weight is quantized: optimizing was enough")
+        if plan.shaving == Shaving.NAMES:
+            self.notes.append("to save bytes, tensors between nodes have short names; nodes and weights keep theirs")
         return QuantizeResult(
             source=str(self.path),
             output=output,

@@ -27,7 +27,7 @@ MIN_OPSET = 7  # Mul broadcasts, Cast knows its types by number
 UINT4_OPSET, UINT4_IR = 21, 10
 # Two indices in a byte cost four more nodes, of about this many bytes.
 PACKING_BYTES = 250
-SIXTEEN = "onnxcompress/16"
+SIXTEEN = "16"
 MAX_NAME = 24  # a longer name of a weight stands in its file often enough without its constants
 
 
@@ -158,7 +158,7 @@ class Recipe:
     def _reshaped(self, tensor: str, shape: tuple[int, ...], target: tuple[int, ...]) -> str:
         if shape == target:
             return tensor
-        name = f"shape/{'x'.join(map(str, target))}"
+        name = "x".join(map(str, target))
         self.shared[name] = np.array(target, np.int64)
         return self._step("Reshape", tensor, name)
 

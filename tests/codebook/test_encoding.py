@@ -246,7 +246,7 @@ def test_weight_behind_moves_and_shared():
     np.testing.assert_array_equal(a, decoded[[3, 19]])
     np.testing.assert_allclose(b, feeds["x"] @ decoded.T, rtol=1e-5, atol=1e-5)  # measured 4.8e-7
     assert ops(after) == ["Cast", "Cast", "Gather", "Reshape", "Reshape", "Transpose", "Gather", "MatMul"]
-    assert {t.name for t in after.graph.initializer} == {"W/codebook", "W/indices", "shape/20x6"}
+    assert {t.name for t in after.graph.initializer} == {"W/codebook", "W/indices", "20x6"}
 
 
 def test_recurrence_and_its_bias():
@@ -372,7 +372,7 @@ def test_long_names_stand_in_the_file_twice_and_shapes_once():
     onnx.checker.check_model(after, full_check=True)
     names = [t.name for t in after.graph.initializer]
     assert sorted(names) == sorted(
-        [*(f"{w}/{part}" for w in ("w", "w_1") for part in ("codebook", "indices", "scales")), "shape/8x8x3x3"]
+        [*(f"{w}/{part}" for w in ("w", "w_1") for part in ("codebook", "indices", "scales")), "8x8x3x3"]
     )
     assert after.SerializeToString().count(f"{long}_2".encode()) == 2
     assert {weight.weight.name for weight in find_codebooks(graph)} == {long, f"{long}_2"}

@@ -151,6 +151,50 @@ def test_a_size_out_of_reach_names_the_smallest_file(folder, runtime):
     assert not (folder / "f.onnx").exists() and not checkpoint_folder(folder / "f.onnx").exists()
 
 
+def test_the_model_is_optimized_first_and_compared_with_the_original(tmp_path, runtime):
+    rng = np.random.default_rng(2)
+    weights = {name: np.abs(rng.normal(size=32)).astype(np.float32) + 0.5 for name in ("s", "b", "m", "v")}
+    text = """g (float[N,8,6,6] x) => (float[N,32,6,6] y)
+        { c = Conv<pads = [1, 1, 1, 1]>(x, W)  y = BatchNormalization(c, s, b, m, v) }"""
+    proto = model(text, W=rng.normal(size=(32, 8, 3, 3)).astype(np.float32), **weights)
+    source = tmp_path / "m.onnx"
+    source.write_bytes(proto.SerializeToString())
+    sizes = {}
+    for optimized in (True, False):
+        target = tmp_path / f"{optimized}.onnx"
+        result = quantize(source, target, data="none", ratio=2, optimize=optimized, runtime=runtime)
+        sizes[optimized] = result.before_bytes
+        found = [node.op_type for node in onnx.load(target).graph.node]
+        assert ("BatchNormalization" not in found) == optimized
+        assert any("optimized first" in note for note in result.notes) == optimized
+        x = rng.normal(size=(2, 8, 6, 6)).astype(np.float32)
+        y, other = (runtime.run(path, [{"x": x}])[0][0] for path in (source, target))
+        assert np.linalg.norm(y - other) < 0.5 * np.linalg.norm(y)
+        assert 0 < result.quality.outputs[0].error < 0.5
+    assert set(sizes.values()) == {source.stat().st_size}
+    assert not QuantizeOptions(data="x", tune="full").optimizes and not QuantizeOptions(method="bgd").optimizes
+
+
+def test_a_model_that_the_passes_refuse_is_quantized_as_it_is(folder, tmp_path, runtime, monkeypatch):
+    from onnxcompress.codebook import preparing
+    from onnxcompress.errors import EquivalenceError
+
+    def refuse(*arguments, **wishes):
+        raise EquivalenceError("output 'y' differs")
+
+    monkeypatch.setattr(preparing, "optimize", refuse)
+    result = quantize(folder / "m.onnx", tmp_path / "q.onnx", data="none", ratio=2, runtime=runtime)
+    assert result.notes[-2] == "quantized as it is, not optimized first: output 'y' differs"
+
+
+def test_bytes_beside_the_weights_are_saved_where_it_matters(folder, runtime):
+    result = quantize(folder / "m.onnx", folder / "s.onnx", data="none", ratio=6, runtime=runtime)
+    proto = onnx.load(folder / "s.onnx")
+    assert {t.name: t.data_type for t in proto.graph.initializer}["b0"] == onnx.TensorProto.FLOAT16
+    assert not proto.metadata_props  # no hint: there is no memory to save
+    assert result.after_bytes == (folder / "s.onnx").stat().st_size
+
+
 def test_keep_and_only(folder, runtime):
     result = quantize(folder / "m.onnx", None, data="none", ratio=1.5, keep=["W0"], dry_run=True, runtime=runtime)
     assert [row.name for row in result.layers] == ["W1", "W2"]
