@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxcompress.codebook.activations import Activations
+from onnxcompress.codebook.augmentation import cut, image_axes
 from onnxcompress.codebook.codebook import Statistics
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.moments import MIN_ROWS, Sums, add_batch, id_counts
@@ -47,6 +48,7 @@ class Calibration:
         samples: Values by input name, each of one batch; None or empty for no data.
         runtime: Runs the segments.
         held_out_fraction: Part of the samples that is kept apart, at least one where there are two.
+        cuts: Further samples made of each that is not kept apart, see ``augmentation``; only of images.
         rows_per_input: Rows of a layer of length D at most, in multiples of D, and a quarter of it from what is kept
             apart; up to 8192 rows are always used. See ``moments`` for what fewer rows cost.
         memory_limit_bytes: Tensors between segments beyond this go to temporary files.
@@ -64,6 +66,7 @@ class Calibration:
         *,
         runtime: Runtime | None,
         held_out_fraction: float = 0.25,
+        cuts: int = 0,
         rows_per_input: int = 16,
         memory_limit_bytes: int = 1 << 30,
         gram_limit_bytes: int = 3 << 30,
@@ -89,6 +92,8 @@ class Calibration:
         self._known: dict[tuple[tuple[RowSource, ...], str | None, Part], Statistics | None] = {}
         self._current: list[Layer] = []
         self._parts = split_samples(len(self.samples), held_out_fraction, seed)
+        if cuts and self.samples and all(map(image_axes, self.samples)):
+            self._add_cuts(cuts)
 
     def __enter__(self) -> Calibration:
         return self
@@ -240,6 +245,12 @@ class Calibration:
             # The replies of one call are in memory together.
             largest = max(sum(getattr(value, "nbytes", 0) for value in values) for values in results)
             start, size = start + len(indices), max(1, store.memory_limit_bytes // 4 // max(largest, 1))
+
+    def _add_cuts(self, cuts: int) -> None:
+        rng = np.random.default_rng([self.seed, len(self.samples)])
+        for index in self._parts["fit"] * cuts:
+            self._parts["fit"] = [*self._parts["fit"], len(self.samples)]
+            self.samples.append(cut(self.samples[index], rng))
 
     def _has(self, name: str) -> bool:
         return (name, 0) in self._floats or (name, 0) in self._quantized
