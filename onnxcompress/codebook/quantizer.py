@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxcompress.codebook.augmentation import cuts_for
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics
 from onnxcompress.codebook.damage import DamageMeter
 from onnxcompress.codebook.encoding import encode
@@ -491,7 +492,8 @@ class _Job:
         numbers = {layer.name: index for index, layer in enumerate(self.layers)}
         self.report(Progress("quantizing", "", 0, len(changed)))
         wishes = self._calibration_wishes()
-        with Calibration(self.graph, changed, self.samples, runtime=self.runtime, **wishes) as calibration:
+        cuts = cuts_for(sum(map(_batch_of, self.samples)))
+        with Calibration(self.graph, changed, self.samples, runtime=self.runtime, cuts=cuts, **wishes) as calibration:
             for stage in calibration.stages():
                 waiting = []
                 for layer in stage:
