@@ -72,7 +72,8 @@ class Parsed(click.ParamType[float]):
     type=click.Choice(["none", "joint", "full"]),
     default="none",
     show_default=True,
-    help="Tune all codebooks together, without labels; needs torch.",
+    help="Tune all codebooks together, without labels, in about two minutes for a small net; needs torch. Stopped "
+    "while tuning, a run goes on with the layers done, and tunes from the beginning to the same bytes.",
 )
 @click.option(
     "--optimize/--no-optimize",
@@ -82,7 +83,11 @@ class Parsed(click.ParamType[float]):
 )
 @click.option("--keep", multiple=True, metavar="GLOB", help="Leave the weights of these names as they are.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Quantize the weights of these names only.")
-@click.option("--limit", type=POSITIVE, default=256, show_default=True, help="Use at most so many samples of --data.")
+@click.option(
+    "--limit",
+    type=POSITIVE,
+    help="Use at most so many samples of --data [default: 256; with --tune 4096, of which 256 fit the layers].",
+)
 @click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
 @click.option("--batch", type=click.IntRange(1, LARGEST_SIZE), help="Samples in a run of the model.")
 @click.option(

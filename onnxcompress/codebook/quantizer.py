@@ -36,7 +36,14 @@ from onnxcompress.codebook.layers import Layer, Refusal, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.narrowing import narrow_layer
 from onnxcompress.codebook.offers import Form, form_text
-from onnxcompress.codebook.options import DEFAULT_ERROR, HELD_OUT_SHARE, QuantizeOptions
+from onnxcompress.codebook.options import (
+    DEFAULT_ERROR,
+    DEFAULT_LIMIT,
+    HELD_OUT_SHARE,
+    TUNING_BYTES,
+    TUNING_LIMIT,
+    QuantizeOptions,
+)
 from onnxcompress.codebook.planning import BudgetError, Item, Plan, Planner, finish, make_menus
 from onnxcompress.codebook.preparing import prepare
 from onnxcompress.codebook.resuming import Checkpoint, feeds_digest, files_digest
@@ -63,6 +70,9 @@ MENU_BATCHES = 12  # of the calibration samples, for the estimates
 MENU_ROWS_PER_INPUT = 4
 DAMAGE_SAMPLES = 8
 MAX_TRIALS = 6  # files made on the way to a drop
+SIZE_UNKNOWN = 128  # of an open axis, for an estimate
+TUNING_JUDGES = 8  # one in so many of the samples for tuning, up to MAX_JUDGES, decides what is kept
+MAX_JUDGES = 256
 NEAR_ENOUGH = 0.7  # of the drop that is allowed, used up
 
 
@@ -245,7 +255,7 @@ class _Job:
         self.base_bytes = size_on_disk(self.base, self.graph)
         self.layers, self.refusals = self._choose(*find_layers(self.graph))
         self.run_options = RunOptions("off", custom_ops=options.custom_ops)
-        self.samples = self._samples()
+        self.samples, self.more_samples = self._samples()
         fit, held_out = self._split()
         self.fit, self.held_out = fit, held_out
         self.labelled = None if options.val is None else self._load(options.val, None)
@@ -262,7 +272,7 @@ class _Job:
             {
                 "model": files_digest([path, *sources]),
                 "optimized model": files_digest([self.base, *external_files(read_proto(self.base), self.base.parent)]),
-                "samples": feeds_digest(self.samples),
+                "samples": feeds_digest([*self.samples, *self.more_samples]),
                 "options": self._identity(),
             },
             resume=options.resume,
@@ -315,19 +325,34 @@ class _Job:
         fixed = [_with_sizes(one, self.options.input_shapes.get(one.name)) for one in specs]
         return load_data(spec, inputs=fixed, limit=limit, preprocess=self.options.preprocess, seed=self.options.seed)
 
-    def _samples(self) -> list[dict[str, Any]]:
+    def _samples(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Those to fit and judge layers with, and more for tuning."""
         if self.options.data == "none":
             self.notes.append(
                 "without data nothing knows which weights matter: the error is several times that with 32 samples"
             )
-            return []
+            return [], []
         self.report(Progress("reading samples"))
-        dataset = self._load(self.options.data, self.options.limit)
+        dataset = self._load(self.options.data, self._limit())
         size = self.options.batch or min(BATCH, max(1, len(dataset) // 8))
         feeds = [feed for feed, _ in dataset.batches(size)]
         if len(dataset) < 32:
             self.notes.append(f"{len(dataset)} samples are few to calibrate with: 32 to 1,024 are better")
-        return feeds
+        most = len(feeds) if self.options.tune == "none" else max(2, DEFAULT_LIMIT // size)
+        order = np.random.default_rng(self.options.seed).permutation(len(feeds))
+        fitted = sorted(map(int, order[:most]))
+        return [feeds[i] for i in fitted], [feeds[i] for i in sorted(map(int, order[most:]))]
+
+    def _limit(self) -> int:
+        if self.options.limit is not None:
+            return self.options.limit
+        if self.options.tune == "none":
+            return DEFAULT_LIMIT
+        shapes = [self.options.input_shapes.get(one.name, one.shape) for one in input_specs(self.proto)]
+        known = [
+            [size if isinstance(size, int) and size > 0 else SIZE_UNKNOWN for size in shape[1:]] for shape in shapes
+        ]
+        return max(DEFAULT_LIMIT, min(TUNING_LIMIT, TUNING_BYTES // (4 * sum(map(math.prod, known)) or 1)))
 
     def _split(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         numbers = split_samples(len(self.samples), 1 / HELD_OUT_SHARE, self.options.seed)
@@ -558,10 +583,14 @@ class _Job:
         def step(state: Any) -> None:
             self.report(Progress("tuning", "", state.step, state.total))
 
-        done = tune(graph, self.fit, self.held_out, reference_model=self.base, mode=self.options.tune, progress=step)
+        # Those that the report is about decide only where there are no others.
+        count = min(len(self.more_samples) // TUNING_JUDGES, MAX_JUDGES // max(1, _batch_of(self.samples[0])))
+        deciding, others = self.more_samples[:count], self.more_samples[count:]
+        fit, judged = [*self.fit, *others], deciding or self.held_out
+        done = tune(graph, fit, judged, reference_model=self.base, mode=self.options.tune, progress=step)
         self.notes.append(
-            f"tuned for {done.steps} steps: relative error {done.before:.4f} -> {done.after:.4f} on held-out samples; "
-            "errors of layers are those before"
+            f"tuned for {done.steps} steps on {sum(map(_batch_of, fit))} samples: relative error {done.before:.4f} -> "
+            f"{done.after:.4f} on {sum(map(_batch_of, judged))} others; errors of layers are those before"
         )
 
     def _judge(self, staged: StagedFile) -> Quality:

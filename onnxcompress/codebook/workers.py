@@ -61,7 +61,8 @@ class Workers:
         if self._client is not None:
             self._client.close()
         elif self._executor is not None:
-            self._executor.shutdown(wait=True, kill_workers=error is not None)
+            # Killed, they leave semaphores behind, and the tracker tells so on stderr: only an interrupt is in a hurry.
+            self._executor.shutdown(wait=True, kill_workers=error is not None and not isinstance(error, Exception))
         self._executor = None
 
     def map(

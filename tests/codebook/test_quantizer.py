@@ -9,7 +9,7 @@ from onnxcompress.codebook.options import QuantizeOptions, parse_ratio, parse_sh
 from onnxcompress.codebook.planning import Plan, Planner
 from onnxcompress.codebook.quantizer import Progress, checkpoint_folder, quantize
 from onnxcompress.codebook.resuming import Checkpoint
-from onnxcompress.codebook.workers import Workers
+from onnxcompress.codebook.workers import Workers, processors
 from onnxcompress.errors import DataError, QuantizationError, RecipeError
 from onnxcompress.runtime import Runtime
 from onnxcompress.testing import model
@@ -23,6 +23,24 @@ SIZE = 48
 def runtime():
     with Runtime(timeout_s=60) as runtime:
         yield runtime
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_pool():
+    """Processes that start once; a run that names their number has its own."""
+    with Workers(1) as pool:
+
+        class Borrowed(Workers):
+            def _start(self):
+                return pool._start() if self.jobs == processors() else super()._start()
+
+            def __exit__(self, *error):
+                if self._executor is not None:
+                    super().__exit__(*error)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("onnxcompress.codebook.quantizer.Workers", Borrowed)
+            yield
 
 
 def network(layers=3, last=10, seed=0):
@@ -96,6 +114,7 @@ def test_what_is_reported_was_measured_with_the_file(folder, runtime):
     assert 0 < quality.outputs[0].error < 1 and quality.outputs[0].name == "y"
 
 
+@pytest.mark.slow
 def test_calibration_and_error_feedback_pay(folder, runtime):
     """Squared error of the outputs at one size: 0.44 without data, 0.10 with codebooks only, 0.05 with everything."""
     errors = {}
@@ -112,7 +131,7 @@ def test_calibration_and_error_feedback_pay(folder, runtime):
     assert errors["sweep"] < 0.8 * errors["em"] and errors["em"] < 0.8 * errors["none"], errors
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, processors() + 1])
 def test_the_number_of_processes_changes_no_byte(folder, runtime, jobs):
     target = folder / f"jobs{jobs}.onnx"
     quantize(folder / "m.onnx", target, data=str(folder / "x.npz"), ratio=4, jobs=jobs, runtime=runtime)
@@ -122,6 +141,7 @@ def test_the_number_of_processes_changes_no_byte(folder, runtime, jobs):
     assert target.read_bytes() == first.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_drop_is_kept_and_used(folder, runtime):
     wishes = {"data": str(folder / "x.npz"), "val": str(folder / "val.npz"), "runtime": runtime}
     small = quantize(folder / "m.onnx", folder / "d20.onnx", max_drop=0.2, **wishes)
@@ -193,6 +213,34 @@ def test_bytes_beside_the_weights_are_saved_where_it_matters(folder, runtime):
     assert {t.name: t.data_type for t in proto.graph.initializer}["b0"] == onnx.TensorProto.FLOAT16
     assert not proto.metadata_props  # no hint: there is no memory to save
     assert result.after_bytes == (folder / "s.onnx").stat().st_size
+
+
+def test_tuning_uses_more_samples_and_is_judged_on_none_of_them(folder, runtime, monkeypatch):
+    pytest.importorskip("torch")
+    from onnxcompress.codebook import quantizer
+    from onnxcompress.train import codebook_finetune
+
+    monkeypatch.setattr(quantizer, "DEFAULT_LIMIT", 48)
+    seen, tune = {}, codebook_finetune.tune
+
+    def watched(graph, feeds, held_out, **wishes):
+        seen.update(fit=feeds, judged=held_out)
+        return tune(graph, feeds, held_out, settings=codebook_finetune.TuneSettings(steps=80), **wishes)
+
+    monkeypatch.setattr(codebook_finetune, "tune", watched)
+    wishes = {"data": str(folder / "x.npz"), "size_bytes": 4000, "runtime": runtime}
+    tuned = quantize(folder / "m.onnx", folder / "t.onnx", tune="joint", **wishes)
+    assert (tuned.calibration_samples, tuned.held_out_samples) == (36, 12)
+    assert [sum(len(feed["x"]) for feed in seen[part]) for part in ("fit", "judged")] == [36 + 44, 4]
+    assert any("tuned for 80 steps on 80 samples" in note and "on 4 others" in note for note in tuned.notes)
+    assert tuned.after_bytes <= 4000
+    plain = quantize(folder / "m.onnx", folder / "p.onnx", limit=48, **wishes)
+    errors = []
+    for target in ("t.onnx", "p.onnx"):
+        samples = {"x": np.load(folder / "val.npz")["x"]}
+        (y,), (other,) = (runtime.run(folder / name, [samples])[0] for name in ("m.onnx", target))
+        errors.append(float(np.linalg.norm(y - other)))
+    assert errors[0] < errors[1] and plain.ratio > 1, errors
 
 
 def test_keep_and_only(folder, runtime):
