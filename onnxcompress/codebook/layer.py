@@ -2,13 +2,14 @@
 
 1. target        W_t towards the float net's output, its damping chosen on held-out rows
 2. EM            one codebook, every position under its own metric
-3. damping       one sweep for each candidate; the best on held-out rows
-4. sweep         nearest plane under the full Hessian, then codebook, factors and indices in turn, twice
+3. damping       a moderate one; more where the result is no better than EM's on held-out rows
+4. sweep         nearest plane under the full Hessian, then codebook, factors and indices in turn
 5. stored form   codewords and factors rounded, indices once more with the rounded values; bias
 6. fallback      EM's result instead, where it is better on held-out rows
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -28,11 +29,11 @@ from onnxcompress.errors import QuantizationError
 logger = logging.getLogger(__name__)
 
 Method = Literal["sweep", "em", "kmeans", "bgd"]
-DAMPINGS = (0.1, 0.3, 1.0, 3.0)
+DAMPINGS = (0.3, 1.0, 3.0)
 TARGET_DAMPINGS = (0.01, 0.1, 1.0)
 EM_DAMPING = 0.1
 INT8_TOLERANCE = 0.01
-ROUNDS = 4
+ROUNDS = 2
 
 
 def quantize_layer(
@@ -89,9 +90,12 @@ def quantize_layer(
     start = _cluster(layer, blockwise)
     results = [_stored(layer, blockwise, start, "em", int8_tolerance)]
     if method == "sweep" and why_no_sweep(statistics, held_out) is None:
-        objective = _choose_damping(layer, target, moments, start, damping)
-        swept = _sweep_and_refine(layer, objective, start)
-        results.append(_stored(layer, objective, swept, "sweep", int8_tolerance))
+        for candidate in _dampings(layer, damping):
+            objective = damped_objective(target, moments, damping=candidate)
+            swept = _sweep_and_refine(layer, objective, start)
+            results.append(_stored(layer, objective, swept, "sweep", int8_tolerance))
+            if _judged(results[-1]) < _judged(results[0]):
+                break
     best = min(reversed(results), key=lambda result: _judged(result))
     logger.debug("%s: error %.4f, held out %s", best.method, best.error, best.held_out_error)
     return best
@@ -155,37 +159,28 @@ def _cluster(layer: LayerProblem, objective: Objective) -> Assignment:
     return Assignment(found.codebook, from_positions(found.indices, layer.groups), scales)
 
 
-def _choose_damping(
-    layer: LayerProblem, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float | None
-) -> Objective:
-    assert layer.statistics is not None
-    if damping is None and layer.held_out is None:
-        damping = rule_damping(layer.statistics.rows, target.shape[1])
-    if damping is None:
-        damping = min(DAMPINGS, key=lambda candidate: _damped_error(layer, target, moments, start, candidate))
-    return damped_objective(target, moments, damping=damping)
+def _dampings(layer: LayerProblem, damping: float | None) -> Sequence[float]:
+    """What to try, in order, until EM is beaten.
 
-
-def _damped_error(
-    layer: LayerProblem, target: np.ndarray, moments: np.ndarray, start: Assignment, damping: float
-) -> float:
-    """Held-out error after one sweep and one round with this damping."""
-    objective = damped_objective(target, moments, damping=damping)
-    swept = sweep(objective, start.codebook, start.scales)
-    return layer.judged(_matrix(refine(objective, swept, rounds=1, scaled=layer.choice.scaled)))
+    On opennsfw a choice among four by held-out rows gives the same feature error as 0.3 throughout, for twice the time.
+    """
+    if damping is not None:
+        return (damping,)
+    assert layer.statistics is not None, "there is no sweep without"
+    if layer.held_out is None:
+        return (rule_damping(layer.statistics.rows, layer.weight.shape[1]),)
+    return DAMPINGS
 
 
 def _sweep_and_refine(layer: LayerProblem, objective: Objective, start: Assignment) -> Assignment:
-    """Twice: the second sweep starts from a codebook that was fitted to what a sweep leaves."""
-    best, least = start, np.inf
-    current = start
-    for _ in range(2):
-        swept = sweep(objective, current.codebook, current.scales)
-        current = refine(objective, swept, rounds=ROUNDS, scaled=layer.choice.scaled)
-        reached = objective.error(current)
-        if reached < least:
-            best, least = current, reached
-    return best
+    """One sweep and a few rounds.
+
+    A second sweep and more rounds lower the layer's own error by another percent, on held-out rows too, and yet raise
+    that of the features behind all layers: on opennsfw at 18.4x from .276 to .280 with 56 photographs fitted; and they
+    take twice the time.
+    """
+    swept = sweep(objective, start.codebook, start.scales)
+    return refine(objective, swept, rounds=ROUNDS, scaled=layer.choice.scaled)
 
 
 def _stored(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Skip, Statistics, size_bytes
-from onnxcompress.codebook.layer import quantize_layer, rule_damping, why_no_sweep
+from onnxcompress.codebook.layer import _sweep_and_refine, quantize_layer, rule_damping, why_no_sweep
+from onnxcompress.codebook.objective import damped_objective
 from onnxcompress.codebook.target import corrected_bias, float_target, relative_error
 from onnxcompress.errors import QuantizationError
 
@@ -422,3 +423,27 @@ def test_caller_mistakes():
         quantize_layer(weight, bias, None, PLAIN, seed=0, method="lloyd")
     with pytest.raises(ValueError, match="32 outputs cannot be split into 3 groups"):
         quantize_layer(weight, bias, moments(np.ones((3, 60, 48))), PLAIN, seed=0)
+
+
+@pytest.mark.parametrize(("spoilt", "tried"), [(0, [0.3]), (1, [0.3, 1.0]), (3, [0.3, 1.0, 3.0])])
+def test_stronger_damping_is_tried_where_the_sweep_does_not_beat_em(monkeypatch, spoilt, tried):
+    rng = np.random.default_rng(11)
+    weight, bias = layer(rng)
+    fitted, judge = moments(correlated(rng, 4000, 48)), moments(correlated(rng, 2000, 48))
+    seen, swept = [], []
+
+    def damped(target, covariance, *, damping):
+        seen.append(damping)
+        return damped_objective(target, covariance, damping=damping)
+
+    def sweep_and_refine(problem, objective, start):
+        swept.append(objective)
+        if len(swept) <= spoilt:
+            return dataclasses.replace(start, indices=np.zeros_like(start.indices), codebook=0 * start.codebook)
+        return _sweep_and_refine(problem, objective, start)
+
+    monkeypatch.setattr("onnxcompress.codebook.layer.damped_objective", damped)
+    monkeypatch.setattr("onnxcompress.codebook.layer._sweep_and_refine", sweep_and_refine)
+    found = quantize_layer(weight, bias, fitted, Choice(4, 64), held_out=judge, seed=0)
+    assert seen == [0.1, *tried]  # the first is EM's
+    assert found.method == ("em" if spoilt == 3 else "sweep")
