@@ -79,9 +79,11 @@ class Bench:
     def row(self, name: str, path: Path, seconds: float) -> Row:
         proto = read_proto(path)
         made = {output for node in proto.graph.node for output in node.output}
-        tap = self.tap if self.tap in made else None
+        tap = self.tap if self.tap in made else feature_name(proto)  # small files have names of their own
         found = self.run(path, tap)
-        feature = None if tap is None else relative(self.expected[-1], found[-1])
+        feature = None
+        if self.tap is not None and tap is not None and found[-1].shape == self.expected[-1].shape:
+            feature = relative(self.expected[-1], found[-1])
         size = file_bytes(path)
         quality = self.quality(found[0])
         return Row(name, size, self.bytes / size, feature, relative(self.expected[0], found[0]), quality, seconds)
@@ -165,6 +167,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", default=["sweep"], choices=["sweep", "em", "kmeans", "bgd"])
     parser.add_argument("--preprocess")
     parser.add_argument("--limit", type=int, default=64, help="calibration samples")
+    parser.add_argument("--tune-limit", type=int, help="samples for tuning, those to calibrate included")
     parser.add_argument("--test-limit", type=int)
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -207,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
                     options = {
                         "data": wishes.data,
                         "preprocess": wishes.preprocess,
-                        "limit": wishes.limit,
+                        "limit": wishes.limit if tune == "none" else wishes.tune_limit,
                         "ratio": parse_ratio(ratio),
                         "tune": tune,
                         "method": method,

@@ -131,6 +131,7 @@ def test_calibration_and_error_feedback_pay(folder, runtime):
     assert errors["sweep"] < 0.8 * errors["em"] and errors["em"] < 0.8 * errors["none"], errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, processors() + 1])
 def test_the_number_of_processes_changes_no_byte(folder, runtime, jobs):
     target = folder / f"jobs{jobs}.onnx"
