@@ -53,7 +53,7 @@ def test_tuning_brings_the_model_closer_on_samples_it_has_not_seen(codebook_type
         reference_model=models.path("digits"),
         settings=TuneSettings(steps=60),
     )
-    assert result.after < 0.75 * result.before  # measured 0.44 and 0.45
+    assert result.after < 0.75 * result.before  # measured 0.41 and 0.37
     after = find_codebooks(graph)
     assert all(np.array_equal(a, one.indices.values) for a, one in zip(indices, after, strict=True))
     assert all(one.codebook.dtype.name == codebook_type for one in after)
