@@ -32,6 +32,7 @@ from onnxcompress.train.weights import enters_as_weight, held_values, is_float, 
 
 # An integer tensor of at most so many elements is a shape, an axis, an index: read as numbers, it stays on the CPU.
 _HOST_ELEMENTS = 256
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class TorchGraph(nn.Module):
         """Run the graph.
 
         Args:
-            feeds: Tensors by name: the graph's inputs, or any tensors that the outputs can be computed from.
+            feeds: Tensors by name: the graph's inputs, or any tensors that the outputs can be computed from. Half
+                types are computed in ``float_type``, and outputs come in it.
             outputs: Names of any tensors; the graph's outputs by default.
 
         Returns:
@@ -103,6 +105,8 @@ class TorchGraph(nn.Module):
             ModelError: A name is unknown, a tensor that is needed is not fed, or an operator fails on its inputs.
         """
         plan = self._plan(list(feeds), self.output_names if outputs is None else outputs)
+        # Weights of half types are held in float_type, and so is what meets them.
+        feeds = {name: t.to(self.float_type) if t.dtype in _HALVES else t for name, t in feeds.items()}
         return plan.run(feeds, self._parameters, self._buffers, self._edits)
 
     def edit(self, tensor: str, function: Edit) -> None:

@@ -237,6 +237,13 @@ def test_half_precision_is_trained_in_single_and_rounded_on_writing():
         twin.write_back()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_samples_in_half_precision_are_computed_in_single(dtype):
+    twin = TorchGraph(graph_of(model(HALF, W=np.array([[1, 2], [3, 4]], np.float16))))
+    found = twin({"x": torch.ones(1, 2, dtype=dtype)})["y"]
+    assert found.dtype == torch.float32 and found.tolist() == [[4, 6]]
+
+
 def test_constants_that_are_no_weights_are_buffers():
     text = """g (float[N, 4] x) => (float[N, 4] y) {
         half = Constant<value_float = 0.5>()
