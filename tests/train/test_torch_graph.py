@@ -119,6 +119,13 @@ def test_an_edited_input_and_an_output_that_is_fed():
     assert torch.equal(twin({"x": x})["y"], before)
 
 
+def test_what_is_fed_stays_where_its_node_runs_for_another_output():
+    twin = TorchGraph(graph_of(model("g (float[4] x) => (float[2] y) { a, b = Split(x)  y = Sub(a, b) }")))
+    x = torch.arange(4.0)
+    assert twin({"x": x})["y"].tolist() == [-2, -2]
+    assert twin({"x": x, "a": torch.zeros(2)})["y"].tolist() == [-2, -3]
+
+
 def test_unknown_names_are_errors():
     twin = TorchGraph(graph_of(mlp()))
     with pytest.raises(ModelError, match="no tensor 'z'"):

@@ -171,7 +171,8 @@ def choose_blocks(
         blocks.append(block)
     if not blocks:
         reasons = "; ".join(f"{refusal.name}: {refusal.reason}" for refusal in refusals[:3])
-        raise RecipeError(f"there is no block to prune{f' ({reasons})' if reasons else ''}")
+        why = f" ({reasons})" if reasons else ""
+        raise RecipeError(f"there is no block to prune{why}; --block FIRST:LAST names a run of nodes")
     return blocks, refusals
 
 
