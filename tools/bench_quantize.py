@@ -6,6 +6,7 @@
 SAMPLES are such as no method saw. With labels the accuracy is shown, without them the agreement with the original. The
 feature error is ||F - F_q|| / ||F|| of what the last matrix product reads. Others: float16 weights, onnxruntime's int8
 (dynamic, static in QDQ form) and its 4-bit MatMulNBits. Each file is run by onnxruntime with its default optimizations.
+``plot_frontier.py`` draws what ``--json`` writes.
 """
 
 from __future__ import annotations
@@ -220,7 +221,14 @@ def main(arguments: list[str] | None = None) -> None:
                     name += "" if tune == "none" else f", {tune}"
                     show(name, lambda target, options=options: quantize(wishes.model, target, **options))  # type: ignore[misc]
     if wishes.json is not None:
-        wishes.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        record = {
+            "model": wishes.model.stem,
+            "calibration": len(calibration),
+            "test": len(test),
+            "quality": quality,
+            "rows": [asdict(row) for row in rows],
+        }
+        wishes.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
