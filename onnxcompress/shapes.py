@@ -67,8 +67,9 @@ def _computed_shapes(graph: Graph) -> list[ValueInfoProto]:
     sizes, found = Sizes(graph), []
     for node in open_nodes:
         output, dims = node.outputs[0], sizes.output_dims(node)
-        if dims is not None and output.dtype is not None:
-            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(output.dtype))
+        dtype = node.inputs[0].dtype if node.op == "GroupNormalization" else output.dtype
+        if dims is not None and dtype is not None:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
             found.append(onnx.helper.make_tensor_value_info(output.name, kind, [sizes.name(dim) for dim in dims]))
     return found
 

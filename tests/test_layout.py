@@ -27,6 +27,7 @@ LAYERS = (
     ("passes",),
     ("pipeline",),
     ("codebook",),
+    ("channels",),
     ("train",),
     ("cli",),
 )

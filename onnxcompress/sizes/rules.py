@@ -367,6 +367,10 @@ def _shape_of_elementwise(sizes: Sizes, node: Node) -> Sequence[Size | None] | N
     return [functools.reduce(_meet, column) for column in columns]
 
 
+def _shape_of_first(sizes: Sizes, node: Node) -> Sequence[Size | None] | None:
+    return sizes.dims(node.inputs[0])
+
+
 def _meet(a: Size | None, b: Size | None) -> Size | None:
     return None if a is None or b is None else broadcast_size(a, b)
 
@@ -382,6 +386,7 @@ SHAPES: dict[str, ShapeRule] = {
     "ConstantOfShape": _shape_of_fill,
     "Expand": _shape_of_expand,
     "Flatten": _shape_of_flatten,
+    "GroupNormalization": _shape_of_first,  # of which onnx's inference tells not even the type
     "Reshape": _shape_of_reshape,
     "Tile": _shape_of_tile,
 }

@@ -1,0 +1,106 @@
+"""Channels taken out of a graph, or made zero in it; both give the same outputs.
+
+``remove_channels`` cuts the channels out of all weights and mends what says how many there are. ``zero_channels``
+leaves all shapes and sets to zero what makes the channels: rows of weights, biases, constants that are added, and the
+scale and bias of normalizations. The removed channels are then exactly 0 wherever something mixes channels, so the two
+models compute the same, apart from the order in which onnxruntime sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto
+
+from onnxcompress.channels.groups import Channels, Removed, find_channels
+from onnxcompress.channels.trace import ZEROED, Binding
+from onnxcompress.graph import Constant, Graph, Tensor
+from onnxcompress.model_io import load, to_proto
+from onnxcompress.shapes import infer_shapes
+
+
+def remove_channels(channels: Channels, removed: Removed) -> None:
+    """Take channels out of the graph; ``channels`` is of no use afterwards.
+
+    Args:
+        channels: Of a graph that was not changed since.
+        removed: Indices of channels by group name.
+
+    Raises:
+        ValueError: See ``Channels.removed_labels``.
+    """
+    keeping = channels.keeping(removed)
+    graph = channels.graph
+    cuts: dict[Tensor, dict[int, np.ndarray]] = {}
+    for binding in channels.bindings:
+        mask = np.repeat(keeping.mask(binding.line), binding.repeat)
+        if not mask.all():
+            cuts.setdefault(binding.tensor, {})[binding.axis] = mask
+    for repair in channels.repairs:
+        if keeping.changes(repair.labels):
+            repair.act(graph, keeping)
+    for tensor, axes in cuts.items():
+        assert isinstance(tensor, Constant)
+        values = tensor.values
+        for axis, mask in axes.items():
+            values = values.compress(mask, axis)
+        _replace(channels, tensor, np.ascontiguousarray(values))
+    _forget_sizes(graph, {t.name for t, labels in channels.labels.items() if keeping.changes(labels)})
+    graph.sort()
+    for node in graph.nodes:
+        for output in node.outputs:
+            output.shape = None
+    infer_shapes(graph)
+
+
+def zero_channels(channels: Channels, removed: Removed) -> None:
+    """Set to zero what makes the channels; no shape changes."""
+    keeping = channels.keeping(removed)
+    zeros: dict[Tensor, list[tuple[Binding, np.ndarray]]] = {}
+    for binding in channels.bindings:
+        mask = np.repeat(keeping.mask(binding.line), binding.repeat)
+        if binding.role in ZEROED and not mask.all():
+            zeros.setdefault(binding.tensor, []).append((binding, mask))
+    for tensor, found in zeros.items():
+        assert isinstance(tensor, Constant)
+        values = np.array(tensor.values)
+        for binding, mask in found:
+            np.moveaxis(values, binding.axis, 0)[~mask] = 0
+        _replace(channels, tensor, values)
+    for offset in channels.offsets:
+        if keeping.changes(offset.labels):
+            values = offset.node.inputs[offset.slot].values
+            zeroed = np.where(keeping.removed[offset.labels], 0, values).astype(values.dtype)
+            fresh = channels.graph.new_constant(offset.node.inputs[offset.slot].name, zeroed)
+            offset.node.inputs = [fresh if i == offset.slot else t for i, t in enumerate(offset.node.inputs)]
+            channels.graph.touch(offset.node)
+
+
+def remove_and_zero(model: ModelProto, removed: Removed) -> tuple[ModelProto, ModelProto]:
+    """Both ways on copies of a model: channels taken out, and channels made zero."""
+    made = []
+    for act in (remove_channels, zero_channels):
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        graph = load(copy)
+        infer_shapes(graph)
+        act(find_channels(graph), removed)
+        made.append(to_proto(graph))
+    return made[0], made[1]
+
+
+def _replace(channels: Channels, tensor: Constant, values: np.ndarray) -> None:
+    """A constant of the same name with other values, in every place of the old one."""
+    fresh = Constant(tensor.name, values, home=tensor.home)
+    for node in list(dict.fromkeys(tensor.outputs)):
+        node.inputs = [fresh if t is tensor else t for t in node.inputs]
+        channels.graph.touch(node)
+
+
+def _forget_sizes(graph: Graph, names: set[str]) -> None:
+    """Drop what the file said about the shapes of tensors that have fewer channels now."""
+    if graph.carrier is None:
+        return
+    kept = [value for value in graph.carrier.value_info if value.name not in names]
+    if len(kept) != len(graph.carrier.value_info):
+        del graph.carrier.value_info[:]
+        graph.carrier.value_info.extend(kept)

@@ -1,0 +1,70 @@
+"""Which rule each operator of the standard domain has; one that is not here freezes what it reads."""
+
+from __future__ import annotations
+
+from onnxcompress.channels import elementwise_rules, linear_rules, moving_rules
+from onnxcompress.channels.trace import Rule
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(elementwise_rules.UNARY, elementwise_rules.unary),
+    **dict.fromkeys(elementwise_rules.BINARY, elementwise_rules.several),
+    "Clip": elementwise_rules.clip,
+    "BatchNormalization": linear_rules.normalization,
+    "Conv": linear_rules.conv,
+    "ConvTranspose": linear_rules.conv_transpose,
+    "Gemm": linear_rules.gemm,
+    "GroupNormalization": linear_rules.group_normalization,
+    "InstanceNormalization": linear_rules.normalization,
+    "LayerNormalization": linear_rules.layer_normalization,
+    "LpNormalization": linear_rules.lp_normalization,
+    "MatMul": linear_rules.matmul,
+    "Hardmax": linear_rules.softmax,
+    "LogSoftmax": linear_rules.softmax,
+    "Softmax": linear_rules.softmax,
+    "ArgMax": moving_rules.arg_reduce,
+    "ArgMin": moving_rules.arg_reduce,
+    "Concat": moving_rules.concat,
+    "DepthToSpace": moving_rules.depth_to_space,
+    "Expand": moving_rules.expand,
+    "Flatten": moving_rules.flatten,
+    "Gather": moving_rules.gather,
+    "Pad": moving_rules.pad,
+    "Reshape": moving_rules.reshape,
+    "Resize": moving_rules.resize,
+    "Shape": moving_rules.shape,
+    "Size": moving_rules.size,
+    "Slice": moving_rules.slice_,
+    "SpaceToDepth": moving_rules.space_to_depth,
+    "Split": moving_rules.split,
+    "Squeeze": moving_rules.squeeze,
+    "Tile": moving_rules.tile,
+    "Transpose": moving_rules.transpose,
+    "Unsqueeze": moving_rules.squeeze,
+    "Upsample": moving_rules.resize,
+    **dict.fromkeys(
+        (
+            "AveragePool",
+            "GlobalAveragePool",
+            "GlobalLpPool",
+            "GlobalMaxPool",
+            "LpPool",
+            "MaxPool",
+        ),
+        moving_rules.pool,
+    ),
+    **dict.fromkeys(
+        (
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceLogSum",
+            "ReduceLogSumExp",
+            "ReduceMax",
+            "ReduceMean",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceSum",
+            "ReduceSumSquare",
+        ),
+        moving_rules.reduce,
+    ),
+}
