@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.graph import Constant, Graph, Node, Tensor, is_constant, numpy_dtype, optional_input
+from onnxcompress.patterns.decoded_weights import decoding_nodes
 from onnxcompress.patterns.reshape_target import constant_target, left_over_axis
 from onnxcompress.patterns.sizes_pass import SizesPass
 from onnxcompress.rewrite import Miss
@@ -59,6 +60,8 @@ class SimplifyShapeComputation(SizesPass[Site]):
         if len(node.outputs) != 1 or values is None or dtype is None or graph.is_output(output):
             return None
         if values.known is not None:
+            if node in decoding_nodes(graph):
+                return None  # indices into a codebook, not sizes
             array = np.array(values.known, dtype).reshape(() if values.scalar else (-1,))
             return Site(node, values=array)
         equal = sizes.first_equal(output)

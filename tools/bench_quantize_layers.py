@@ -103,7 +103,7 @@ def base_choice(layer: Layer, codewords: int) -> Choice | None:
     kernel = layer.uses[0].origin.values().shape[2:]
     block = 9 if tuple(kernel) == (3, 3) else 4
     size = min(codewords, layer.outputs * layer.length // block // 4)
-    if layer.int8_instead or layer.length % block or size < 16:
+    if layer.depthwise or layer.length % block or size < 16:
         return None
     return Choice(block, size)
 

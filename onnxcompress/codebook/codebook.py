@@ -90,12 +90,14 @@ class Choice:
         codewords: How many codewords k, 2 to 65536.
         codebook_type: "float16", or "int8" with one float32 factor for each of the d positions.
         scaled: Each output channel has a float16 factor.
+        shared: Its codebook is that of all layers with this choice, see ``sharing.py``.
     """
 
     block: int
     codewords: int
     codebook_type: CodebookType = "float16"
     scaled: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -200,7 +202,7 @@ def why_not_quantizable(weight: np.ndarray, choice: Choice) -> str | None:
         # A padded last block would need a Slice in the file and spend indices on nothing: another d is better.
         return f"rows of {weight.shape[1]} weights cannot be cut into blocks of {choice.block}; use a divisor"
     vectors = weight.size // choice.block
-    if vectors < 4 * choice.codewords:
+    if vectors < 4 * choice.codewords and not choice.shared:
         return f"{vectors} sub-vectors are too few for {choice.codewords} codewords; at most {vectors // 4} fit"
     return None
 

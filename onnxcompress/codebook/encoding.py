@@ -14,10 +14,11 @@ from onnxcompress.codebook.codebook import Choice, QuantizedLayer, index_type
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.recipes import MAX_NAME, Recipe
+from onnxcompress.codebook.tables import decodes_rows, encode_rows
+from onnxcompress.codebook.views import remove_moves
 from onnxcompress.errors import QuantizationError
 from onnxcompress.graph import Constant, Graph, Node, Tensor, Variable, bodies, is_constant
 from onnxcompress.patterns.decoded_weights import CodebookWeight, decoding_nodes, find_codebooks
-from onnxcompress.rewrite import remove_if_unread
 
 __all__ = [
     "HINT_KEY",
@@ -51,13 +52,16 @@ def encode(graph: Graph, layer: Layer, quantized: Stored) -> None:
     """
     if quantized.bias is not None and not layer.has_bias:
         raise QuantizationError(f"{layer.name!r} has no place for a bias; quantize it with correct_bias=False")
+    if isinstance(quantized, QuantizedLayer) and decodes_rows(graph, layer):
+        encode_rows(graph, layer, quantized, layer.name if len(layer.name) <= MAX_NAME else graph.scope.fresh("w"))
+        return
     recipe = _recipe(graph, layer, quantized)
     weights = _place(graph, layer, recipe)
     views = list(recipe.views)
     for use in layer.uses:
         _read(use.node, use.slot, weights[views.index(use.view)])
     for use in layer.uses:
-        _remove_moves(use.origin.root, use.origin.nodes)
+        remove_moves(use.origin)
     if quantized.bias is not None:
         write_bias(graph, layer, quantized.bias)
 
@@ -122,7 +126,9 @@ def _recipe(graph: Graph, layer: Layer, quantized: Stored) -> Recipe:
 
 def _empty_recipe(graph: Graph, layer: Layer) -> Recipe:
     views = list(dict.fromkeys(use.view for use in layer.uses))
-    return Recipe(layer.name, views, layer.uses[0].origin.dtype, graph.opset, int(graph.ir_version or 0))
+    return Recipe(
+        layer.name, views, layer.uses[0].origin.dtype, graph.opset, int(graph.ir_version or 0), layer.depthwise
+    )
 
 
 def _place(graph: Graph, layer: Layer, recipe: Recipe) -> list[Tensor]:
@@ -175,12 +181,6 @@ def _read(node: Node, slot: int, tensor: Tensor) -> None:
     node.inputs = inputs
 
 
-def _remove_moves(root: Tensor, nodes: tuple[Node, ...]) -> None:
-    for node in [*reversed(nodes), *root.inputs]:
-        if node.graph is not None:
-            remove_if_unread(node.graph, [node])
-
-
 # -- the bias --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +211,7 @@ def write_bias(graph: Graph, layer: Layer, vector: np.ndarray) -> None:
     home_of_old = getattr(old, "home", None) if alone else None
     _read(node, bias.slot, Constant(name, values, home=home_of_old or home))
     if bias.origin is not None:
-        _remove_moves(bias.origin.root, bias.origin.nodes)
+        remove_moves(bias.origin)
 
 
 def _is_there(bias: Bias) -> bool:

@@ -21,7 +21,8 @@ from onnxcompress.codebook.fitting import Clustering, cluster, codeword_norms, n
 from onnxcompress.codebook.objective import Assignment, Objective, damped_objective, from_positions
 from onnxcompress.codebook.problem import LayerProblem
 from onnxcompress.codebook.refining import descend_indices, refine
-from onnxcompress.codebook.scaling import row_scales, with_stored_values
+from onnxcompress.codebook.scaling import round_scales, row_scales, with_stored_values
+from onnxcompress.codebook.sharing import SharedCodebook, shared_scales
 from onnxcompress.codebook.sweep import sweep
 from onnxcompress.codebook.target import by_group, float_target
 from onnxcompress.errors import QuantizationError
@@ -48,6 +49,7 @@ def quantize_layer(
     damping: float | None = None,
     correct_bias: bool = True,
     int8_tolerance: float | None = INT8_TOLERANCE,
+    shared: SharedCodebook | None = None,
 ) -> QuantizedLayer:
     """Store a layer's weight as codewords and indices, with the least error of its output.
 
@@ -63,6 +65,7 @@ def quantize_layer(
         damping: Part of the mean diagonal added to the covariance; None chooses.
         correct_bias: Give a bias that keeps the mean output, also where there was none.
         int8_tolerance: Store float16 codewords where int8 ones raise the error by more than this part; None: never.
+        shared: The codebook of a choice that shares one: it stays as it is.
 
     Returns:
         The quantized layer.
@@ -71,6 +74,8 @@ def quantize_layer(
         QuantizationError: The weight cannot be stored so; the message says why and what to do.
     """
     check_quantizable(weight, choice)
+    if choice.shared != (shared is not None):
+        raise ValueError("a shared codebook and a choice that shares one come together")
     if statistics is not None and statistics.gram.shape[1] != weight.shape[1]:
         raise ValueError(f"statistics of {statistics.gram.shape[1]} inputs, the weight has rows of {weight.shape[1]}")
     for name, rows in (("calibration", statistics), ("held-out", held_out)):
@@ -83,7 +88,7 @@ def quantize_layer(
         return _quantize_by_baseline(layer, method)
     if method not in ("sweep", "em"):
         raise ValueError(f"method is {method!r}, allowed are 'sweep', 'em', 'kmeans' and 'bgd'")
-    layer = LayerProblem(weight, bias, statistics, held_out, choice, seed, correct_bias)
+    layer = LayerProblem(weight, bias, statistics, held_out, choice, seed, correct_bias, shared)
     target = _choose_target(layer)
     moments = layer.moments()
     blockwise = damped_objective(target, moments, damping=EM_DAMPING if damping is None else damping)
@@ -144,6 +149,11 @@ def _choose_target(layer: LayerProblem) -> np.ndarray:
 def _cluster(layer: LayerProblem, objective: Objective) -> Assignment:
     """EM on the sub-vectors, rows brought to one size where the layer has factors."""
     choice = layer.choice
+    if layer.shared is not None:
+        rms = shared_scales(objective.target)
+        empty = np.zeros((*rms.shape, objective.target.shape[2] // choice.block), np.intp)
+        start = Assignment(layer.shared.codewords(), empty, rms)
+        return replace(start, indices=_nearest_blockwise(objective, start))
     if choice.scaled:
         scales = row_scales(objective.target)
     else:
@@ -180,7 +190,7 @@ def _sweep_and_refine(layer: LayerProblem, objective: Objective, start: Assignme
     take twice the time.
     """
     swept = sweep(objective, start.codebook, start.scales)
-    return refine(objective, swept, rounds=ROUNDS, scaled=layer.choice.scaled)
+    return refine(objective, swept, rounds=ROUNDS, scaled=layer.choice.scaled, fixed=layer.shared is not None)
 
 
 def _stored(
@@ -188,7 +198,7 @@ def _stored(
 ) -> QuantizedLayer:
     """Round to the stored form, falling back from int8 to float16 where it costs too much."""
     asked = _rounded(layer, objective, assignment, layer.choice, method)
-    if layer.choice.codebook_type == "float16" or tolerance is None:
+    if layer.choice.codebook_type == "float16" or tolerance is None or layer.shared is not None:
         return asked
     try:
         finer = _rounded(layer, objective, assignment, replace(layer.choice, codebook_type="float16"), method)
@@ -200,7 +210,11 @@ def _stored(
 def _rounded(
     layer: LayerProblem, objective: Objective, assignment: Assignment, choice: Choice, method: Method
 ) -> QuantizedLayer:
-    rounded, codebook, factors = with_stored_values(assignment, choice.codebook_type)
+    if layer.shared is None:
+        rounded, codebook, factors = with_stored_values(assignment, choice.codebook_type)
+    else:
+        rounded = replace(assignment, scales=round_scales(assignment.scales))
+        codebook, factors = layer.shared.values, layer.shared.factors
     if method == "sweep":
         again = descend_indices(objective, rounded)
         if objective.error(again) < objective.error(rounded):

@@ -17,7 +17,7 @@ from onnxcompress.codebook.recipes import MIN_OPSET
 from onnxcompress.codebook.views import FLOATS, static_nodes
 from onnxcompress.cost import node_macs
 from onnxcompress.graph import STANDARD_DOMAINS, Graph, Node, Tensor, is_op
-from onnxcompress.patterns.decoded_weights import find_codebooks, narrow_weights
+from onnxcompress.patterns.decoded_weights import find_codebooks, narrow_weights, unpacked_weights
 from onnxcompress.shapes import infer_shapes
 
 
@@ -41,7 +41,7 @@ class Layer:
         groups: Groups of a convolution, or directions of a recurrence; each has outputs / groups rows and its own D.
         stored_bytes: Bytes of the weight in the file.
         macs: Multiply-accumulates of all its readers.
-        int8_instead: Why int8 per channel serves it better than a codebook; "" where it does not.
+        depthwise: A kernel for each channel, and nothing relates its numbers to other inputs.
         in_body: Whether a reader stands in the body of an If, Loop or Scan, where no statistics are taken.
     """
 
@@ -52,7 +52,7 @@ class Layer:
     groups: int
     stored_bytes: int
     macs: int
-    int8_instead: str = ""
+    depthwise: bool = False
     in_body: bool = False
 
     @property
@@ -118,9 +118,14 @@ def find_layers(graph: Graph) -> tuple[list[Layer], list[Refusal]]:
 
 def decoded_already(graph: Graph) -> dict[Tensor, str]:
     """Weights that nodes decode from a codebook or from int8, and the reason why they are no layers."""
-    decoded = {weight.weight: "it is a codebook already" for weight in find_codebooks(graph)}
+    decoded = {}
+    for weight in find_codebooks(graph):  # of a table, what its rows are gathered from as well
+        tables = [node.inputs[0] for node in weight.nodes if is_op(node, "Gather")]
+        decoded.update(dict.fromkeys([weight.weight, *tables], "it is a codebook already"))
     for tensor in narrow_weights(graph, "int8"):
         decoded.setdefault(tensor, "it is quantized already (int8)")
+    for tensor in unpacked_weights(graph):
+        decoded.setdefault(tensor, "it is a codebook already")
     return decoded
 
 
@@ -136,7 +141,7 @@ def _layer(graph: Graph, root: Tensor, uses: list[Use]) -> Layer:
         groups=groups,
         stored_bytes=first.origin.stored_bytes,
         macs=sum(_macs(use) for use in uses),
-        int8_instead=f"depthwise: a row has {length} weights, and nothing relates it to others" if depthwise else "",
+        depthwise=depthwise,
         in_body=any(use.node.graph is not graph for use in uses),
     )
 

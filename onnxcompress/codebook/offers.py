@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from onnxcompress.codebook.codebook import Choice, Statistics, size_bytes
+from onnxcompress.codebook.codebook import Choice, Statistics, indices_size_bytes, size_bytes
 from onnxcompress.codebook.fitting import cluster, regularized
 from onnxcompress.codebook.narrow import to_float16, to_int8
 from onnxcompress.codebook.objective import Assignment, damped_objective, from_positions
@@ -39,6 +39,12 @@ ITERATIONS = 8
 DAMPING = 0.1
 RANDOM_START = 4  # block length from which on k-means++ gains little
 MIDDLE_BITS = 1.4  # a weight: where damage is measured
+SHARED_CODEWORDS = (16, 64, 128, 256)
+# Squared error with a codebook for many layers over that with one of its own of as many codewords.
+SHARED_LOSS = 1.15
+SHARED_BYTES = 80  # a layer: Reshape, Mul, and its places in two Splits
+DEPTHWISE_BLOCKS = (1, 3, 5, 7, 9, 25, 49)
+SHORT_ROW = 32  # up to which numbers one by one are on offer
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,13 @@ def form_text(form: Form) -> str:
     if not isinstance(form, Choice):
         return form
     parts = [f"d={form.block} k={form.codewords}", "" if form.codebook_type == "float16" else form.codebook_type]
-    return " ".join(filter(None, [*parts, "scaled" if form.scaled else ""]))
+    return " ".join(filter(None, [*parts, "scaled" if form.scaled else "", "shared" if form.shared else ""]))
 
 
-def blocks_for(length: int, kernel: int = 1) -> list[int]:
+def blocks_for(length: int, kernel: int = 1, *, depthwise: bool = False) -> list[int]:
     """The sub-vector lengths on offer for rows of D numbers; ``kernel`` is how many of them one input channel has."""
+    if depthwise:
+        return [block for block in (*DEPTHWISE_BLOCKS, length) if length % block == 0]
     found = {block for block in (*BLOCKS, kernel, 2 * kernel) if 2 <= block <= 32 and length % block == 0}
     if {6, 9, 18} <= found:
         found -= {8, 12, 16}  # rates that lie between those of their neighbours, which keep to whole kernels
@@ -112,7 +120,7 @@ def estimate_forms(
     stored_bytes: int,
     has_bias: bool,
     kernel: int = 1,
-    codebooks: bool = True,
+    depthwise: bool = False,
     swept: bool = True,
     scalable: bool = True,
     seed: int = 0,
@@ -125,7 +133,7 @@ def estimate_forms(
         stored_bytes: What it takes now.
         has_bias: A bias comes with a codebook.
         kernel: Numbers of a row that belong to one input channel.
-        codebooks: Whether codebook forms are on offer.
+        depthwise: It is a kernel for each channel.
         swept: Whether the layer will be swept with error feedback.
         scalable: Whether factors of the output channels are on offer.
         seed: Same seed, same estimates.
@@ -136,7 +144,7 @@ def estimate_forms(
     moments = np.eye(weight.shape[1])[None] if statistics is None else covariance(statistics)
     estimates = plain_estimates(weight, moments, stored_bytes)
     fits = _Fits(weight, moments, seed)
-    blocks = blocks_for(weight.shape[1], kernel) if codebooks else []
+    blocks = list(dict.fromkeys(blocks_for(weight.shape[1], kernel, depthwise=depthwise)))
     choices = [
         Choice(block, size)
         for block in blocks
@@ -150,13 +158,17 @@ def estimate_forms(
     kinds = (False, True) if scalable else (False,)
     tried = {kind: fits.whole(middle_choice, scaled=kind) for kind in kinds}
     lost = {kind: fits.lost(tried[kind]) for kind in kinds}
-    for fitted in _on_line(fits, choices):
+    gains = {kind: lost[kind][0] / lost[False][0] if lost[False][0] > 0 else 1.0 for kind in kinds}
+    for fitted in _on_line(fits, choices, SHARED_CODEWORDS if scalable else ()):
+        if fitted.form.shared:
+            estimates.append(_shared_form(weight.shape, fitted, gains[True], has_bias))
+            continue
         for kind in kinds:
-            gain = lost[kind][0] / lost[False][0] if lost[False][0] > 0 else 1.0
-            estimates.extend(_stored_forms(weight.shape, fitted, gain, kind, has_bias))
+            estimates.extend(_stored_forms(weight.shape, fitted, gains[kind], kind, has_bias))
     scaled = min(kinds, key=lambda kind: lost[kind][0]) if scalable else False
     form = replace(middle_choice, scaled=scaled)
-    finest = min((one for one in estimates if isinstance(one.form, Choice)), key=lambda one: one.error).form
+    own = [one for one in estimates if isinstance(one.form, Choice) and not one.form.shared]
+    finest = min(own, key=lambda one: one.error).form
     assert isinstance(finest, Choice), "filtered so"
     points, best_decoded = [], lost[scaled][1]
     for wanted in dict.fromkeys((replace(finest, codebook_type="float16", scaled=scaled), form)):
@@ -210,8 +222,17 @@ def _stored_forms(
         yield Estimate(form, size_bytes(shape, form, has_bias=has_bias), fitted.error * gain + added)
 
 
-def _on_line(fits: _Fits, choices: Sequence[Choice]) -> Iterable[_Fitted]:
-    """Fit two codebook sizes for each block; the others by log-linear interpolation."""
+def _shared_form(shape: Sequence[int], fitted: _Fitted, gain: float, has_bias: bool) -> Estimate:
+    """A layer's part of a codebook for many: indices, factors, and what it adds to the file; not the codebook."""
+    form = Choice(fitted.form.block, fitted.form.codewords, "int8", scaled=True, shared=True)
+    outputs, length = shape
+    indices = indices_size_bytes(outputs * (length // form.block), form.codewords)
+    error = SHARED_LOSS * fitted.error * gain + fitted.step
+    return Estimate(form, indices + outputs + 4 * outputs * has_bias, error)
+
+
+def _on_line(fits: _Fits, choices: Sequence[Choice], shared: Sequence[int]) -> Iterable[_Fitted]:
+    """Fit two codebook sizes for each block; the others, and those of shared codebooks, by log-linear interpolation."""
     for block in sorted({choice.block for choice in choices}):
         sizes = [choice.codewords for choice in choices if choice.block == block]
         small, large = (min(sizes, key=lambda size: abs(math.log(size / wanted))) for wanted in FITTED)
@@ -222,6 +243,11 @@ def _on_line(fits: _Fits, choices: Sequence[Choice]) -> Iterable[_Fitted]:
         for size in sizes:
             error = ends[large][0] * (size / large) ** slope
             yield _Fitted(Choice(block, size), error, ends[large][1])
+        for size in (
+            shared if block > 1 else ()
+        ):  # of few vectors, a codebook knows many by heart: no steeper than of a smooth density
+            error = ends[large][0] * (size / large) ** max(slope, -2.0 / block)
+            yield _Fitted(Choice(block, size, shared=True), error, ends[large][1])
 
 
 class _Fits:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.codebook.allocation import Offer, allocate, least_size_for_damage, smallest_size
+from onnxcompress.codebook.allocation import Offer, allocate, least_size_for_damage, smallest_size, totals
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, index_type
 from onnxcompress.codebook.damage import MAX_DAMAGE, DamageMeter
 from onnxcompress.codebook.encoding import add_low_memory_hint, encode, overhead_bytes
 from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
-from onnxcompress.codebook.offers import Curve, Estimate, Form, estimate_forms, form_text
+from onnxcompress.codebook.offers import SHARED_BYTES, Curve, Estimate, Form, estimate_forms, form_text
+from onnxcompress.codebook.pooling import choose_pools, pool_of, with_pools
 from onnxcompress.codebook.resuming import Checkpoint
 from onnxcompress.codebook.shaving import NAMES_PAY, SMALL_FILE_BYTES, Shaving, shave
 from onnxcompress.codebook.statistics import Calibration
@@ -120,13 +121,20 @@ class Planner:
         self.layers, self.menus = list(layers), list(menus)
         self._sizes: dict[tuple[Shaving, tuple[Form, ...]], int] = {}
 
-    @property
-    def _offers(self) -> list[list[Offer]]:
-        return [[item.offer for item in menu.items] for menu in self.menus]
+    def _offers(self, shaving: Shaving, room: int | None) -> tuple[list[list[Offer]], int]:
+        """What is on offer for each layer, and the bytes of the codebooks that layers share at this size."""
+        offers = [[item.offer for item in menu.items] for menu in self.menus]
+        pools = [
+            [pool_of(layer, item.form) for item in menu.items]
+            for layer, menu in zip(self.layers, self.menus, strict=True)
+        ]
+        shared = choose_pools(offers, pools, room) if shaving == Shaving.PACKED else frozenset()
+        return with_pools(offers, pools, shared), sum(pool.size_bytes for pool in shared)
 
-    def smallest(self, shaving: Shaving = Shaving.NAMES) -> Plan:
+    def smallest(self, shaving: Shaving = Shaving.PACKED) -> Plan:
         """Everything as small as it gets."""
-        return self._plan(allocate(self._offers, smallest_size(self._offers)), shaving)
+        offers, _ = self._offers(shaving, None)
+        return self._plan(allocate(offers, smallest_size(offers)), shaving)
 
     def within(self, budget_bytes: int) -> Plan:
         """The least damage in a file of at most so many bytes.
@@ -150,34 +158,44 @@ class Planner:
         """What may be shaved off a file of this size, in the order of preference."""
         if size_bytes > SMALL_FILE_BYTES:
             return list(Shaving)
-        gained = self.smallest(Shaving.PLAIN).size_bytes - self.smallest(Shaving.NAMES).size_bytes
-        return [Shaving.NAMES] if gained >= NAMES_PAY * size_bytes else [Shaving.PLAIN, Shaving.NAMES]
+        plain, named, packed = (self.smallest(one).size_bytes for one in list(Shaving)[1:])
+        if named - packed >= NAMES_PAY * size_bytes:
+            return [Shaving.PACKED]
+        short = [Shaving.NAMES, Shaving.PACKED]
+        return short if plain - named >= NAMES_PAY * size_bytes else [Shaving.PLAIN, *short]
 
     def _within(self, budget_bytes: int, shaving: Shaving) -> Plan | None:
-        offers = self._offers
         least = self.smallest(shaving)
         if least.size_bytes > budget_bytes:
             return None
         best = least
-        room = budget_bytes - least.size_bytes + smallest_size(offers)
+        offers, fixed = self._offers(shaving, None)
+        room = budget_bytes - least.size_bytes + smallest_size(offers) + fixed
         for _ in range(MAX_CORRECTIONS):
-            if room < smallest_size(offers):
+            offers, fixed = self._offers(shaving, room)
+            if room - fixed < smallest_size(offers):
                 break
-            plan = self._plan(allocate(offers, room), shaving)
+            plan = self._plan(allocate(offers, room - fixed), shaving)
             if plan.size_bytes <= budget_bytes:
                 if plan.damage < best.damage:
                     best = plan
                 if budget_bytes - plan.size_bytes < 64 or best is not plan:
                     break
-            room += budget_bytes - plan.size_bytes
+            # From what it used, not from what it was allowed: the next must be another one.
+            room = sum(item.size_bytes for item in plan.items.values()) + fixed + budget_bytes - plan.size_bytes
         return best
 
     def for_damage(self, damage: float) -> Plan:
         """The smallest file of at most this damage."""
-        chosen = least_size_for_damage(self._offers, damage)
+        offers, _ = self._offers(Shaving.NONE, None)
+        chosen = least_size_for_damage(offers, damage)
         plan = self._plan(chosen)
         if plan.size_bytes <= SMALL_FILE_BYTES and not plan.keeps_all:
-            plan = self._plan(chosen, self._shavings(plan.size_bytes)[0])
+            shaving = self._shavings(plan.size_bytes)[0]
+            if shaving == Shaving.PACKED:
+                offers, _ = self._offers(shaving, totals(offers, chosen).size_bytes)
+                chosen = least_size_for_damage(offers, damage)
+            plan = self._plan(chosen, shaving)
         return plan if plan.size_bytes < self.graph_bytes else self._plan([0] * len(self.menus))
 
     def exclude(self, name: str, form: Form) -> None:
@@ -296,7 +314,7 @@ def make_menus(
                         "stored_bytes": layer.stored_bytes,
                         "has_bias": layer.has_bias,
                         "kernel": _kernel(layer),
-                        "codebooks": not layer.int8_instead,
+                        "depthwise": layer.depthwise,
                         "swept": method == "sweep",
                         "scalable": method in ("sweep", "em"),
                         "seed": seed,
@@ -359,7 +377,8 @@ def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float, *
             continue
         # offers.py counts the bias of a codebook; one that is there already stays in the fixed bytes
         arrays = size - 4 * layer.outputs if isinstance(form, Choice) and layer.has_bias else size
-        total = arrays + 4 * layer.outputs * new_bias + overhead_bytes(graph, layer, form)
+        shared = isinstance(form, Choice) and form.shared
+        total = arrays + 4 * layer.outputs * new_bias + (SHARED_BYTES if shared else overhead_bytes(graph, layer, form))
         if total < layer.stored_bytes:
             items.append(Item(form, total, min(slope * squared, MAX_DAMAGE), math.sqrt(squared)))
     return Menu(layer.name, items, new_bias)
@@ -367,7 +386,7 @@ def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float, *
 
 def _written(form: Form) -> Any:
     if isinstance(form, Choice):
-        return [form.block, form.codewords, form.codebook_type, form.scaled]
+        return [form.block, form.codewords, form.codebook_type, form.scaled, form.shared]
     return form
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from onnxcompress.codebook.codebook import Choice, Statistics
+from onnxcompress.codebook.sharing import SharedCodebook
 from onnxcompress.codebook.target import OutputError, corrected_bias, covariance, second_moment
 
 
@@ -21,6 +22,7 @@ class LayerProblem:
         choice: The form that is asked for.
         seed: Of the codebook's start.
         correct_bias: Whether the bias takes up the means.
+        shared: The codebook, where the form shares one.
     """
 
     weight: np.ndarray
@@ -30,6 +32,7 @@ class LayerProblem:
     choice: Choice
     seed: int
     correct_bias: bool
+    shared: SharedCodebook | None = None
 
     @property
     def groups(self) -> int:

@@ -45,8 +45,10 @@ from onnxcompress.codebook.options import (
     QuantizeOptions,
 )
 from onnxcompress.codebook.planning import BudgetError, Item, Plan, Planner, finish, make_menus
+from onnxcompress.codebook.pooling import fit_pools
 from onnxcompress.codebook.preparing import prepare
 from onnxcompress.codebook.resuming import Checkpoint, feeds_digest, files_digest
+from onnxcompress.codebook.sharing import SharedCodebook
 from onnxcompress.codebook.shaving import Shaving
 from onnxcompress.codebook.statistics import Calibration, split_samples
 from onnxcompress.codebook.workers import Workers
@@ -517,6 +519,7 @@ class _Job:
         numbers = {layer.name: index for index, layer in enumerate(self.layers)}
         self.report(Progress("quantizing", "", 0, len(changed)))
         wishes = self._calibration_wishes()
+        shared = self._shared_codebooks(plan)
         cuts = cuts_for(sum(map(_batch_of, self.samples)))
         with Calibration(self.graph, changed, self.samples, runtime=self.runtime, cuts=cuts, **wishes) as calibration:
             for stage in calibration.stages():
@@ -552,6 +555,7 @@ class _Job:
                             "seed": self.options.seed * 100_003 + numbers[layer.name],
                             "method": self.options.method,
                             "correct_bias": layer.has_bias,
+                            "shared": shared.get(layer.name),
                         },
                     )
                     for layer in waiting
@@ -561,6 +565,11 @@ class _Job:
                     stored = made[layer.name][0]
                     calibration.replace(layer, stored.decode(), stored.bias if layer.has_bias else None)
         return made
+
+    def _shared_codebooks(self, plan: Plan) -> dict[str, SharedCodebook]:
+        importance = {name: item.damage / item.error**2 if item.error else 0.0 for name, item in plan.items.items()}
+        wishes = {**self._calibration_wishes(), "runtime": self.runtime}
+        return fit_pools(self.graph, self.layers, plan.forms, importance, self.fit[:MENU_BATCHES], **wishes)
 
     def _staged(self, made: Mapping[str, tuple[Stored, float | None]], shaving: Shaving) -> StagedFile:
         """Write the file beside its place, with what was made in it."""
@@ -620,6 +629,8 @@ class _Job:
             self.notes.append(copy if self.base == self.path else "no weight is quantized: optimizing was enough")
         if plan.shaving == Shaving.NAMES:
             self.notes.append("to save bytes, tensors between nodes have short names; nodes and weights keep theirs")
+        if plan.shaving == Shaving.PACKED:
+            self.notes.append("to save bytes, weights are decoded together and have short names; nodes keep theirs")
         return QuantizeResult(
             source=str(self.path),
             output=output,

@@ -51,6 +51,7 @@ class Recipe:
         dtype: Element type that the operators read.
         opset: The model's opset.
         ir_version: The model's IR version.
+        depthwise: It is the weight of a depthwise convolution, whose shared codebooks are for such alone.
         fresh: Makes a name unique.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     dtype: np.dtype
     opset: int
     ir_version: int
+    depthwise: bool = False
     fresh: Callable[[str], str] = str
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shared: dict[str, np.ndarray] = field(default_factory=dict)  # with other layers
@@ -67,9 +69,10 @@ class Recipe:
 
     def codebook(self, quantized: QuantizedLayer) -> Recipe:
         """Fill in the form of a codebook."""
-        codewords = self._cast(self.stored("codebook", quantized.codebook), TensorProto.FLOAT)
+        codewords = self._cast(self._codebook("codebook", quantized, quantized.codebook), TensorProto.FLOAT)
         if quantized.codebook_scale is not None:
-            codewords = self._step("Mul", codewords, self.stored("codebook_scale", quantized.codebook_scale))
+            factors = self._codebook("codebook_scale", quantized, quantized.codebook_scale)
+            codewords = self._step("Mul", codewords, factors)
         decoded = self._step("Gather", codewords, self._indices(quantized.indices, quantized.choice.codewords))
         outputs, blocks = quantized.indices.shape
         if quantized.scales is not None:
@@ -98,6 +101,14 @@ class Recipe:
         stored = self.stored("float16", values)
         self._finish(stored, values.shape, TensorProto.FLOAT16)
         return self
+
+    def _codebook(self, suffix: str, quantized: QuantizedLayer, array: np.ndarray) -> str:
+        """Add a codebook or its factors, which may be those of other layers as well; returns its name."""
+        if not quantized.choice.shared:
+            return self.stored(suffix, array)
+        name = f"{suffix}_{quantized.choice.block}x{quantized.choice.codewords}{'_kernels' if self.depthwise else ''}"
+        self.shared[name] = array
+        return name
 
     def stored(self, suffix: str, array: np.ndarray) -> str:
         """Add a constant; returns its name."""

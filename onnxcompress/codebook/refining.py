@@ -115,11 +115,15 @@ def solve_scales(objective: Objective, assignment: Assignment) -> Assignment:
     return replace(assignment, scales=solved.astype(np.float32))
 
 
-def refine(objective: Objective, assignment: Assignment, *, rounds: int, scaled: bool) -> Assignment:
-    """Codebook, factors and indices in turn; a step that does not lower the error is dropped."""
-    steps: list[Callable[[Objective, Assignment], Assignment]] = [solve_codebook, descend_indices]
+def refine(
+    objective: Objective, assignment: Assignment, *, rounds: int, scaled: bool, fixed: bool = False
+) -> Assignment:
+    """Codebook (unless it is ``fixed``), factors and indices in turn; what does not lower the error is dropped."""
+    steps: list[Callable[[Objective, Assignment], Assignment]] = [descend_indices]
     if scaled:
-        steps.insert(1, solve_scales)
+        steps.insert(0, solve_scales)
+    if not fixed:
+        steps.insert(0, solve_codebook)
     error = objective.error(assignment)
     for _ in range(rounds):
         before = error

@@ -147,7 +147,7 @@ def _taken_apart(layer: Stored) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         names = ["codebook", "codebook_scale", "indices", "scales", "bias"]
         choice = layer.choice
         figures = {
-            "form": [choice.block, choice.codewords, choice.codebook_type, choice.scaled],
+            "form": [choice.block, choice.codewords, choice.codebook_type, choice.scaled, choice.shared],
             "error": layer.error,
             "held_out_error": layer.held_out_error,
             "method": layer.method,
@@ -165,9 +165,9 @@ def _put_together(arrays: dict[str, np.ndarray], figures: dict[str, Any]) -> Sto
         return Int8Layer(arrays["values"], arrays["scales"], arrays.get("bias"))
     if form == "float16":
         return Float16Layer(arrays["values"], arrays.get("bias"))
-    block, codewords, codebook_type, scaled = form
+    block, codewords, codebook_type, scaled, shared = form
     return QuantizedLayer(
-        Choice(block, codewords, codebook_type, scaled),
+        Choice(block, codewords, codebook_type, scaled, shared),
         arrays["codebook"],
         arrays.get("codebook_scale"),
         arrays["indices"],

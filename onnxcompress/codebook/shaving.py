@@ -3,8 +3,9 @@
     PLAIN   no notes on nodes, no hint, no shapes between nodes, no attributes that state ONNX's defaults; small float
             constants in float16 behind a Cast, where that is smaller
     NAMES   the same, and short names for the tensors between nodes
+    PACKED  the same, weights and vectors decoded together (``packing.py``), and short names for them as well
 
-Names of nodes, of initializers and of decoded weights stay, and so does the interface.
+Names of nodes stay, up to NAMES those of initializers and of decoded weights, too, and so does the interface.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from onnxcompress.codebook.narrow import LARGEST_FLOAT16
+from onnxcompress.codebook.packing import pack
 from onnxcompress.graph import Constant, Graph, Node, Tensor, Variable, is_constant, is_op, numpy_dtype, optional_input
 from onnxcompress.patterns.decoded_weights import WEIGHT_SLOTS, decoding_nodes, find_codebooks, narrow_weights
 
@@ -47,6 +49,7 @@ class Shaving(IntEnum):
     NONE = 0
     PLAIN = 1
     NAMES = 2
+    PACKED = 3
 
 
 def shave(graph: Graph, amount: Shaving) -> None:
@@ -63,10 +66,15 @@ def shave(graph: Graph, amount: Shaving) -> None:
         for node in inner.nodes:
             _forget_notes(node)
             _drop_defaults(node, graph.opset)
+            if amount == Shaving.PACKED:
+                _drop_kernel_shape(node)
     if (graph.ir_version or 0) >= 4:  # before it every initializer is an input, too
+        if amount == Shaving.PACKED:
+            decoding = decoding_nodes(graph)
+            pack(graph, lambda tensor: _may_be_narrow(graph, tensor, decoding))
         _narrow_constants(graph)
-    if amount == Shaving.NAMES:
-        _shorten_names(graph)
+    if amount >= Shaving.NAMES:
+        _shorten_names(graph, weights=amount == Shaving.PACKED)
 
 
 # -- notes -----------------------------------------------------------------------------------------------------------
@@ -106,6 +114,15 @@ def _drop_defaults(node: Node, opset: int) -> None:
             default = known is not None and known.default_value.name == name and _states(value, known.default_value)
         if default:
             del node.attrs[name]
+
+
+def _drop_kernel_shape(node: Node) -> None:
+    """The kernel's shape where the kernel has it: Conv and ConvTranspose infer it then."""
+    stated = node.attrs.get("kernel_shape")
+    if is_op(node, "Conv", "ConvTranspose") and stated is not None:
+        shape = node.inputs[1].shape
+        if shape is not None and list(shape[2:]) == list(stated):
+            del node.attrs["kernel_shape"]
 
 
 def _states(value: Any, default: onnx.AttributeProto) -> bool:
@@ -164,15 +181,15 @@ def _may_be_narrow(graph: Graph, tensor: Constant, decoding: set[Node]) -> bool:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def _shorten_names(graph: Graph) -> None:
-    """Give the tensors between nodes names of one to three letters, the most often read ones first."""
-    weights: set[Tensor] = {one.weight for one in find_codebooks(graph)} | set(narrow_weights(graph))
+def _shorten_names(graph: Graph, *, weights: bool) -> None:
+    """Give the tensors between nodes names of one to three letters, the most often read ones first; weights, too?"""
+    kept: set[Tensor] = set() if weights else {one.weight for one in find_codebooks(graph)} | set(narrow_weights(graph))
     inner = [
         tensor
         for each in graph.walk()
         for node in each.nodes
         for tensor in node.outputs
-        if tensor.name and not each.is_output(tensor) and tensor not in weights and not is_constant(tensor)
+        if tensor.name and not each.is_output(tensor) and tensor not in kept and not is_constant(tensor)
     ]
     taken = graph.scope.names | {str(tensor.name) for tensor in graph.tensors().values()}
     names = (name for name in _letters() if name not in taken)

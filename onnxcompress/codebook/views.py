@@ -24,6 +24,7 @@ from onnxcompress.model_io import element_dtype
 from onnxcompress.passes.deduplicate_nodes import RANDOM
 from onnxcompress.passes.replace_constant_nodes import constant_values
 from onnxcompress.patterns.constant_evaluation import evaluate_in_numpy
+from onnxcompress.rewrite import remove_if_unread
 
 FLOATS = ("float16", "float32", "float64")
 # Nodes through which a weight is followed back to where it is stored.
@@ -157,6 +158,13 @@ def find_origin(tensor: Tensor) -> Origin | str:
     if nodes and dtype.kind in "iub":
         return f"it is quantized already (stored as {dtype.name})"
     return Origin(tensor, tuple(reversed(nodes)))
+
+
+def remove_moves(origin: Origin) -> None:
+    """Remove the nodes between a weight and its reader that nothing reads any more."""
+    for node in [*reversed(origin.nodes), *origin.root.inputs]:
+        if node.graph is not None:
+            remove_if_unread(node.graph, [node])
 
 
 def static_nodes(root: Graph) -> set[Node]:

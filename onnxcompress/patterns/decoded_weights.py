@@ -5,6 +5,9 @@
                  indices     Cast(unsigned constant)  or  Concat(Div(q, 16), q - 16 * Div(q, 16)), two indices in a byte
     int8       Mul(Cast(int8 constant), constant) [-> Reshape] [-> Transpose] [-> Reshape] [-> Cast]
     float16    Cast(float16 constant) [-> Reshape] [-> Transpose] [-> Reshape]
+    vector     Cast(float16 constant) -> biases, factors, scales of norms
+    together   Split of any of these, and what gives its parts their shapes and factors (``codebook/packing.py``)
+    row        Gather(codewords, Cast(Gather(unsigned constant, ids))): of a table only the rows that are asked for
 
 Folding such nodes in the file would undo the compression, so no pass of ours does it.
 """
@@ -12,7 +15,7 @@ Folding such nodes in the file would undo the compression, so no pass of ours do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +36,23 @@ WEIGHT_SLOTS = {
     "LSTM": (1, 2),
     "GRU": (1, 2),
     "RNN": (1, 2),
+}
+# What may lie between stored constants and the weights that a Split gives.
+UNPACKING = ("Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Split", "Sub", "Transpose")
+# Inputs of operators where vectors are that float16 is good enough for: biases, and scales of norms.
+VECTOR_SLOTS = {
+    "BatchNormalization": (1, 2, 3),
+    "Conv": (2,),
+    "ConvTranspose": (2,),
+    "GRU": (3,),
+    "Gemm": (2,),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "LSTM": (3, 7),
+    "LayerNormalization": (1, 2),
+    "PRelu": (1,),
+    "RNN": (3,),
+    **dict.fromkeys(("Add", "Mul", "Sub"), (0, 1)),
 }
 
 
@@ -108,10 +128,64 @@ def narrow_weights(graph: Graph, *types: str) -> dict[Tensor, list[Node]]:
     return found
 
 
+def narrow_vectors(graph: Graph) -> list[Node]:
+    """The Casts of a graph, and of those nested in it, that widen float16 vectors: biases, factors, scales of norms."""
+    found = []
+    for inner in graph.walk():
+        for node in inner.nodes:
+            if not is_op(node, "Cast") or not is_constant(node.inputs[0]) or numpy_dtype(node.inputs[0]) != np.float16:
+                continue
+            wide = node.outputs[0]
+            if wide.outputs and all(_reads(reader, wide, VECTOR_SLOTS) for reader in wide.outputs):
+                found.append(node)
+    return found
+
+
+def unpacking_nodes(graph: Graph) -> set[Node]:
+    """The nodes of the outermost graph that decode several weights together and take them apart by a Split."""
+    static: set[Node] = set()
+    for node in graph.nodes:
+        if is_op(node, *UNPACKING) and all(is_constant(t) or graph.producer(t) in static for t in node.inputs):
+            static.add(node)
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node in static and is_op(node, "Split") and node not in found:
+            above = _upstream(graph, node)
+            if any(_is_narrow_cast(one) for one in above):
+                found |= above
+    for node in graph.nodes:  # in order, so that what follows from a Split is found in one pass
+        made = (graph.producer(tensor) for tensor in node.inputs)
+        if node in static and any(one in found for one in made if one is not None):
+            found |= _upstream(graph, node)
+    return found
+
+
+def unpacked_weights(graph: Graph) -> list[Tensor]:
+    """What ``unpacking_nodes`` give to the operators."""
+    nodes = unpacking_nodes(graph)
+    return [t for node in graph.nodes if node in nodes for t in node.outputs if not nodes.issuperset(t.outputs)]
+
+
+def _is_narrow_cast(node: Node) -> bool:
+    dtype = numpy_dtype(node.inputs[0]) if is_op(node, "Cast") and is_constant(node.inputs[0]) else None
+    return dtype is not None and dtype.name in (*INDEX_TYPES, *CODEWORD_TYPES)
+
+
+def _upstream(graph: Graph, node: Node) -> set[Node]:
+    """A node and all that it depends on."""
+    found, pending = {node}, [node]
+    while pending:
+        made = [graph.producer(tensor) for tensor in pending.pop().inputs]
+        fresh = {one for one in made if one is not None and one not in found}
+        found |= fresh
+        pending += fresh
+    return found
+
+
 def decoding_nodes(graph: Graph) -> set[Node]:
     """The nodes of a graph, and of those nested in it, that decode weights."""
     found = {node for weight in find_codebooks(graph) for node in weight.nodes}
-    return found.union(*narrow_weights(graph).values())
+    return found.union(narrow_vectors(graph), unpacking_nodes(graph), *narrow_weights(graph).values())
 
 
 def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
@@ -124,7 +198,7 @@ def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
         if is_op(reader, "Mul"):
             if scales is not None:
                 break
-            source = _widened(graph, next(t for t in reader.inputs if t is not weight), ("float16", "float32"))
+            source = _factors(graph, next(t for t in reader.inputs if t is not weight))
             if source is None:
                 break
             scales = source.constant
@@ -134,6 +208,20 @@ def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
     return CodebookWeight(
         weight, codewords.constant, codewords.factor, picks.constant, picks.packed, scales, tuple(nodes)
     )
+
+
+def _factors(graph: Graph, tensor: Tensor) -> _Source | None:
+    """Factors per output: a constant, or the rows of one that ids pick."""
+    return _rows(graph, tensor, ("float16",)) or _widened(graph, tensor, ("float16", "float32"))
+
+
+def _rows(graph: Graph, tensor: Tensor, types: Iterable[str]) -> _Source | None:
+    """Rows that ids pick from a stored constant of one of these types, behind a Cast."""
+    cast = graph.producer(tensor)
+    rows = graph.producer(cast.inputs[0]) if cast is not None and is_op(cast, "Cast") else None
+    if cast is None or rows is None or not _is_row_gather(rows, types):
+        return None
+    return _Source(rows.inputs[0], None, False, (rows, cast))
 
 
 def _shaping_reader(graph: Graph, tensor: Tensor) -> Node | None:
@@ -171,7 +259,7 @@ def _widened(graph: Graph, tensor: Tensor, types: Iterable[str]) -> _Source | No
 def _indices(graph: Graph, tensor: Tensor) -> _Source | None:
     node = graph.producer(tensor)
     if node is None or not is_op(node, "Concat"):
-        source = _widened(graph, tensor, INDEX_TYPES)
+        source = _rows(graph, tensor, INDEX_TYPES) or _widened(graph, tensor, INDEX_TYPES)
         return source if source is not None and source.nodes else None
     if len(node.inputs) != 2:
         return None
@@ -179,12 +267,20 @@ def _indices(graph: Graph, tensor: Tensor) -> _Source | None:
     if high is None or low is None or not is_op(high, "Div") or not is_op(low, "Sub"):
         return None
     times = graph.producer(low.inputs[1])
-    source = _widened(graph, high.inputs[0], ("uint8",))
+    source = _rows(graph, high.inputs[0], ("uint8",)) or _widened(graph, high.inputs[0], ("uint8",))
     if times is None or source is None or not is_op(times, "Mul"):
         return None
     if low.inputs[0] is not high.inputs[0] or times.inputs[0] is not high.outputs[0]:
         return None
     return _Source(source.constant, None, True, (*source.nodes, high, times, low, node))
+
+
+def _is_row_gather(node: Node, types: Iterable[str]) -> bool:
+    """Whether a node picks rows of a stored constant of one of these types by ids that are no constant."""
+    if not is_op(node, "Gather") or node.attrs.get("axis", 0) or not isinstance(node.inputs[0], Constant):
+        return False
+    dtype = numpy_dtype(node.inputs[0])
+    return dtype is not None and dtype.name in types and not is_constant(node.inputs[1])
 
 
 def _widening(graph: Graph, cast: Node, dtype: np.dtype) -> list[Node]:
@@ -203,5 +299,9 @@ def _widening(graph: Graph, cast: Node, dtype: np.dtype) -> list[Node]:
 
 
 def _reads_weight(node: Node, tensor: Tensor) -> bool:
-    slots = WEIGHT_SLOTS.get(node.op, ()) if is_op(node, node.op) else ()
+    return _reads(node, tensor, WEIGHT_SLOTS)
+
+
+def _reads(node: Node, tensor: Tensor, places: Mapping[str, tuple[int, ...]]) -> bool:
+    slots = places.get(node.op, ()) if is_op(node, node.op) else ()
     return any(optional_input(node, slot) is tensor for slot in slots)

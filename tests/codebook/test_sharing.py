@@ -1,0 +1,121 @@
+"""Codebooks of several layers: fitted together, chosen where they are worth their bytes, kept as they are."""
+
+import numpy as np
+import pytest
+
+from onnxcompress.codebook.allocation import Offer, allocate, smallest_size, totals
+from onnxcompress.codebook.codebook import Choice, Statistics
+from onnxcompress.codebook.layer import quantize_layer
+from onnxcompress.codebook.planning import hollow
+from onnxcompress.codebook.pooling import NOT_ON_OFFER, Pool, choose_pools, with_pools
+from onnxcompress.codebook.sharing import Member, fit_shared, shared_scales
+
+RNG = np.random.default_rng(0)
+KERNELS = RNG.normal(size=(12, 9)).astype(np.float32)
+POOL = Pool(9, 16, True)
+
+
+def kernels(channels, size):
+    """Depthwise weights that are a few kernels, larger or smaller, and little noise."""
+    rows = KERNELS[RNG.integers(0, 12, channels)] * size * RNG.uniform(0.5, 2, (channels, 1))
+    return (rows + 0.02 * size * RNG.normal(size=rows.shape)).astype(np.float32)
+
+
+def member(weight, importance=1.0):
+    return Member(weight, np.broadcast_to(np.eye(9), (len(weight), 9, 9)).copy(), importance)
+
+
+def test_layers_of_very_different_weights_share_a_codebook():
+    weights = [kernels(24, 1e-2), kernels(96, 1.0), kernels(48, 20.0)]
+    shared = fit_shared([member(weight) for weight in weights], 9, 16, seed=0)
+    assert shared.values.shape == (16, 9) and shared.values.dtype == np.int8
+    for weight in weights:
+        made = quantize_layer(weight, None, None, Choice(9, 16, "int8", True, True), seed=0, shared=shared)
+        np.testing.assert_array_equal(made.codebook, shared.values)
+        np.testing.assert_array_equal(made.codebook_scale, shared.factors)
+        assert made.error < 0.06  # measured 0.035; the noise alone is 0.02
+        assert made.scales is not None and made.indices.shape == (len(weight), 1)
+
+
+def test_what_counts_more_is_fitted_better():
+    weights = [RNG.normal(size=(40, 9)).astype(np.float32) for _ in range(2)]
+    errors = []
+    for importance in (1e-3, 1.0, 1e3):
+        shared = fit_shared([member(weights[0], importance), member(weights[1])], 9, 8, seed=0)
+        choice = Choice(9, 8, "int8", True, True)
+        errors.append([quantize_layer(w, None, None, choice, seed=0, shared=shared).error for w in weights])
+    first, second = np.array(errors).T
+    assert first[0] > first[1] > first[2] and second[0] < second[1] < second[2]
+
+
+def test_same_seed_same_codebook():
+    members = [member(kernels(24, 1.0)), member(kernels(40, 3.0))]
+    first, second = (fit_shared(members, 9, 16, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.values, second.values)
+    np.testing.assert_array_equal(first.factors, second.factors)
+
+
+def test_a_swept_layer_keeps_the_codebook():
+    weight = RNG.normal(size=(12, 24)).astype(np.float32)
+    x = RNG.normal(size=(500, 24)) @ RNG.normal(size=(24, 24))
+    statistics = Statistics(500, (x.T @ x)[None], x.mean(axis=0)[None])
+    shared = fit_shared([Member(weight, np.eye(24)[None], 1.0)], 4, 32, seed=0)
+    choice = Choice(4, 32, "int8", True, True)  # more codewords than its 72 sub-vectors allow of its own
+    made = quantize_layer(weight, None, statistics, choice, seed=0, shared=shared)
+    np.testing.assert_array_equal(made.codebook, shared.values)
+    plain = quantize_layer(weight, None, statistics, choice, seed=0, shared=shared, method="em")
+    assert made.error <= plain.error and made.method == "sweep"
+
+
+def test_a_choice_and_its_codebook_come_together():
+    weight = kernels(24, 1.0)
+    with pytest.raises(ValueError, match="come together"):
+        quantize_layer(weight, None, None, Choice(9, 4, "int8", True, True), seed=0)
+
+
+def test_factors_are_the_size_of_rows():
+    target = np.array([[[3.0, 4.0], [0.0, 0.0]]])
+    np.testing.assert_array_equal(shared_scales(target), np.float32([[np.float16(np.sqrt(12.5)), 0]]))
+
+
+# -- which -----------------------------------------------------------------------------------------------------------
+
+
+def menus(layers):
+    """Keep, int8, or a part in a shared codebook."""
+    offers = [[Offer(1000, 0.0), Offer(300, 0.01), Offer(60, 0.2), Offer(90, 0.05)] for _ in range(layers)]
+    return offers, [[None, None, POOL, Pool(9, 256, True)] for _ in range(layers)]
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [(1, set()), (12, {POOL})])
+def test_a_codebook_pays_where_many_share_it(layers, chosen):
+    offers, pools = menus(layers)
+    room = 305 * layers if layers == 1 else 150 * layers
+    found = choose_pools(offers, pools, room)
+    assert (POOL in found) == bool(chosen)
+    allowed, fixed = with_pools(offers, pools, found), sum(pool.size_bytes for pool in found)
+    assert totals(allowed, allocate(allowed, room - fixed)).size_bytes + fixed <= room
+
+
+def test_only_codebooks_that_are_chosen_are_on_offer():
+    offers, pools = menus(3)
+    allowed = with_pools(offers, pools, {POOL})
+    assert all(of_layer[3] is NOT_ON_OFFER and of_layer[2] == offers[0][2] for of_layer in allowed)
+    assert smallest_size(allowed) == 180
+
+
+def test_as_few_bytes_as_possible():
+    offers, pools = menus(12)
+    found = choose_pools(offers, pools, None)
+    assert found == {POOL}  # 12 * (300 - 60) bytes saved for 310 of the codebook
+
+
+def test_hollow_layers_have_the_size_of_real_ones():
+    class Shape:
+        outputs, length = 24, 9
+
+    choice = Choice(9, 16, "int8", True, True)
+    empty = hollow(Shape(), choice)
+    shared = fit_shared([member(kernels(24, 1.0))], 9, 16, seed=0)
+    made = quantize_layer(kernels(24, 1.0), None, None, choice, seed=0, shared=shared)
+    assert empty.size_bytes() == made.size_bytes()
