@@ -7,7 +7,8 @@ packed      optimization.constant_folding_max_output_size_in_bytes = 65536: weig
             each run, for machines that have less memory than time
 
 Each figure is of a process of its own, which loads onnxruntime, the model, and runs it on a seeded input; memory is
-what the process holds more after loading and running the model than before. Runs take turns, medians are shown.
+what the process holds more after loading and running the model than before, peak the most that it held above that in
+between. Runs take turns, medians are shown.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ CHILD = """
 import json, sys, time
 import numpy as np, onnxruntime as ort
 
-def resident():
+def resident(field="VmRSS:"):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS:")) * 1024
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
 
 path, packed, threads, seconds = sys.argv[1], sys.argv[2] == "packed", int(sys.argv[3]), float(sys.argv[4])
 options = ort.SessionOptions()
@@ -44,13 +45,14 @@ for value in session.get_inputs():
     else:
         feeds[value.name] = rng.normal(size=shape).astype("float16" if "16" in value.type else "float32")
 session.run(None, feeds)
-held = resident() - before
+held, peak = resident() - before, resident("VmHWM:") - before
 times, end = [], time.perf_counter() + seconds
 while len(times) < 5 or time.perf_counter() < end:
     start = time.perf_counter()
     session.run(None, feeds)
     times.append(time.perf_counter() - start)
-print(json.dumps({"load_ms": load * 1e3, "memory_mb": held / 1e6, "latency_ms": sorted(times)[len(times) // 2] * 1e3}))
+print(json.dumps({"load_ms": load * 1e3, "memory_mb": held / 1e6, "peak_mb": peak / 1e6,
+    "latency_ms": sorted(times)[len(times) // 2] * 1e3}))
 """
 
 
@@ -77,13 +79,13 @@ def main() -> None:
     for _ in range(arguments.repeats):
         for name, (path, setting) in arms.items():
             rows[name].append(measure(path, setting, arguments.threads, arguments.seconds))
-    print(f"{'':20}{'load ms':>10}{'memory MB':>12}{'latency ms':>12}{'of the original':>17}")
+    print(f"{'':20}{'load ms':>10}{'memory MB':>12}{'peak MB':>10}{'latency ms':>12}{'of the original':>17}")
     base = statistics.median(row["latency_ms"] for row in rows["original"])
     for name, found in rows.items():
-        load, memory, latency = (
-            statistics.median(row[key] for row in found) for key in ("load_ms", "memory_mb", "latency_ms")
+        load, memory, peak, latency = (
+            statistics.median(row[key] for row in found) for key in ("load_ms", "memory_mb", "peak_mb", "latency_ms")
         )
-        print(f"{name:20}{load:10.0f}{memory:12.1f}{latency:12.2f}{latency / base:16.2f}x")
+        print(f"{name:20}{load:10.0f}{memory:12.1f}{peak:10.1f}{latency:12.2f}{latency / base:16.2f}x")
 
 
 if __name__ == "__main__":
