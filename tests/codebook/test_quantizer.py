@@ -7,7 +7,8 @@ import pytest
 from onnxcompress.codebook.offers import estimate_forms, form_text
 from onnxcompress.codebook.options import QuantizeOptions, parse_ratio, parse_share
 from onnxcompress.codebook.planning import Plan, Planner
-from onnxcompress.codebook.quantizer import Progress, checkpoint_folder, quantize
+from onnxcompress.codebook.quantizer import checkpoint_folder, quantize
+from onnxcompress.codebook.results import Progress
 from onnxcompress.codebook.resuming import Checkpoint
 from onnxcompress.codebook.workers import Workers, processors
 from onnxcompress.errors import DataError, QuantizationError, RecipeError
@@ -219,10 +220,10 @@ def test_bytes_beside_the_weights_are_saved_where_it_matters(folder, runtime):
 
 def test_tuning_uses_more_samples_and_is_judged_on_none_of_them(folder, runtime, monkeypatch):
     pytest.importorskip("torch")
-    from onnxcompress.codebook import quantizer
+    from onnxcompress.codebook import sampling
     from onnxcompress.train import codebook_finetune
 
-    monkeypatch.setattr(quantizer, "DEFAULT_LIMIT", 48)
+    monkeypatch.setattr(sampling, "DEFAULT_LIMIT", 48)
     seen, tune = {}, codebook_finetune.tune
 
     def watched(graph, feeds, held_out, **wishes):
