@@ -9,8 +9,9 @@ One JSON row a run, appended as it ends: what is in the file is not run again, s
 once a run. All arms of a seed share its supernet, its scores and its choice of blocks.
 
     exhaustive ga greedy draw     subnets by each search; statistics re-estimated, nothing trained
-    progressive direct            the searched blocks, with the ramp and without
-    random                        random blocks instead, with the ramp
+    fitted                        the searched blocks as the tool does it by default: fitted, then trained
+    progressive direct            the same blocks from the original weights, with a ramp and without
+    random                        random blocks instead, fitted, then trained
     deletion                      blocks deleted and not merged, with a search of their own
     scratch                       the searched structure from random weights
     original                      the original trained for as long
@@ -56,9 +57,12 @@ from onnxcompress.validation.equivalence import read_model, run_model
 from onnxcompress.validation.judge import input_specs
 
 SEARCHES = {"exhaustive": "exhaustive", "ga": "ga", "greedy": "greedy", "draw": "random"}
-ARMS = (*SEARCHES, "progressive", "direct", "random", "deletion", "scratch", "original")
+ARMS = (*SEARCHES, "fitted", "progressive", "direct", "random", "deletion", "scratch", "original")
 HELD_OUT = 5  # one sample in so many
-PAIRS = (("progressive", "direct"), ("progressive", "random"), ("progressive", "deletion"), ("progressive", "scratch"))
+PAIRS = (
+    *(("fitted", other) for other in ("progressive", "direct", "random", "deletion", "scratch")),
+    ("progressive", "direct"),
+)
 
 Row = dict[str, Any]
 
@@ -89,8 +93,8 @@ class Bench:
             skip=tuple(arguments.skip),
             wishes=Wishes(labels=arguments.learn != "distill", distill=arguments.learn != "labels"),
             training=training,
+            supernet=arguments.supernet,
             supernet_epochs=arguments.supernet_epochs,
-            ramp=Ramp(arguments.ramp, arguments.ramp_shape),
             search=SearchSettings(seed=seed),
             jobs=arguments.jobs,
             augment=arguments.augment,
@@ -106,11 +110,17 @@ class Bench:
         settings = replace(self.options.search, method=method, evaluations=1 if method == "random" else None)
         return self._prune(method, replace(self.options, stages=("supernet", "search"), search=settings))
 
+    def fitted(self) -> Row:
+        return self._prune("fitted", self._chosen(self._choice("auto")))
+
     def progressive(self) -> Row:
-        return self._prune("progressive", self._chosen(self._choice("auto")))
+        return self._from_original("progressive", Ramp(self.arguments.ramp, self.arguments.ramp_shape))
 
     def direct(self) -> Row:
-        return self._prune("direct", replace(self._chosen(self._choice("auto")), ramp=Ramp(0.0)))
+        return self._from_original("direct", Ramp(0.0))
+
+    def _from_original(self, name: str, ramp: Ramp) -> Row:
+        return self._prune(name, replace(self._chosen(self._choice("auto")), start="original", ramp=ramp))
 
     def random(self) -> Row:
         return self._prune("random", self._chosen(self._choice("random")))
@@ -146,8 +156,9 @@ class Bench:
 
     def _finetune(self, source: Path, target: Path) -> None:
         options, wishes = self.options, self.options.wishes
-        # As many steps as supernet and training together.
-        training = replace(options.training, epochs=options.training.epochs + options.supernet_epochs)
+        training = options.training
+        if options.supernet == "trained":  # as many steps as supernet and training together
+            training = replace(training, epochs=training.epochs + options.supernet_epochs)
         teacher = self.model if wishes.distill else None
         if source == self.model:
             teacher, wishes = None, replace(wishes, distill=False, labels=True)
@@ -315,6 +326,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--supernet", choices=("fitted", "trained"), default="fitted")
     parser.add_argument("--supernet-epochs", type=float, default=4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--optimizer", default="adamw")
@@ -346,7 +358,7 @@ def main() -> None:
             goal = bench.options.goal
             assert goal is not None
             row = {"model": model, "setting": key, "arm": arm, "seed": seed, "goal": goal.text, **bench.run(arm)}
-            row["settings"] = asdict(bench.options.training) | {"ramp": asdict(bench.options.ramp)}
+            row["settings"] = asdict(bench.options.training) | {"ramp": arguments.ramp}
             bench.rows[arm] = row
             with open(arguments.out, "a", encoding="utf-8") as out:
                 out.write(json.dumps(finite(row)) + "\n")

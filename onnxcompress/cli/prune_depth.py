@@ -64,9 +64,23 @@ STAGES = "supernet,search,train"
 )
 @click.option("--jobs", type=POSITIVE, metavar="N", help="Processes for the search [default: one a processor].")
 @click.option("--dask", metavar="ADDRESS", help="Search on a Dask cluster, tcp://host:8786.")
-@click.option("--ramp", type=SHARE, default=0.4, show_default=True, help="Share of the steps over which blocks fade.")
 @click.option(
-    "--ramp-shape", type=click.Choice(["linear", "cosine"]), default="linear", show_default=True, help="How they fade."
+    "--supernet",
+    type=click.Choice(["fitted", "trained"]),
+    default="fitted",
+    show_default=True,
+    help="Subnets are ranked with pruned blocks fitted to the original, or after training by the sandwich rule.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(["fitted", "original"]),
+    default="fitted",
+    show_default=True,
+    help="Train from blocks that are pruned and fitted, or let blocks fade from the original weights.",
+)
+@click.option("--ramp", type=SHARE, help="With --start original: share of the steps over which blocks fade [0.4].")
+@click.option(
+    "--ramp-shape", type=click.Choice(["linear", "cosine"]), help="With --start original: how they fade [linear]."
 )
 @click.option("--teacher", type=FilePath(), help="Model to learn from [default: IN].")
 @click.option("--labels", is_flag=True, help="Learn from labels (the default where there are any).")
@@ -75,7 +89,7 @@ STAGES = "supernet,search,train"
 @click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function.")
 @click.option("--epochs", type=Number(0, min_open=True), default=10.0, show_default=True, help="For the chosen blocks.")
 @click.option(
-    "--supernet-epochs", type=Number(0, min_open=True), default=2.0, show_default=True, help="For the supernet."
+    "--supernet-epochs", type=Number(0, min_open=True), default=2.0, show_default=True, help="For a trained supernet."
 )
 @click.option("--steps", type=POSITIVE, help="Steps for the chosen blocks, instead of epochs.")
 @optimizer_options
@@ -114,8 +128,8 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
     """Prune blocks of IN, such as residual blocks, until a goal is reached, and write the result to OUT.
 
     Each block that is pruned loses what is not linear inside it and is merged into one operator. Which blocks go is
-    searched; they fade while the network is trained, from the weights of IN. OUT is an ordinary model file with the
-    interface of IN. A run that was stopped goes on with the same command.
+    searched; they are fitted to what they gave before, and the network is trained. OUT is an ordinary model file with
+    the interface of IN. A run that was stopped goes on with the same command.
     """
     _check(output, report, wishes)
     with _torch():
@@ -166,7 +180,6 @@ def _options(wishes: dict[str, Any]) -> Any:
     from onnxcompress.train.depth.offers import Goal, parse_goal
     from onnxcompress.train.depth.options import DepthOptions
     from onnxcompress.train.depth.search import SearchSettings
-    from onnxcompress.train.depth.training import Ramp
     from onnxcompress.train.losses import LossSettings
     from onnxcompress.train.settings import TrainSettings
     from onnxcompress.train.supervision import Wishes
@@ -196,16 +209,26 @@ def _options(wishes: dict[str, Any]) -> Any:
     return DepthOptions(
         data=wishes["data"] or "",
         val=wishes["val"] or "",
-        **take("only", "skip", "delete", "activation", "teacher", "supernet_epochs", "calibration", "jobs", "dask"),
+        **take("only", "skip", "delete", "activation", "teacher", "calibration", "jobs", "dask"),
+        **take("supernet", "supernet_epochs", "start"),
         **take("augment", "preprocess", "limit", "tolerance", "threads", "checkpoint", "resume"),
         goal=goal,
         stages=stages,
         named_runs=tuple(_run_of(text) for text in wishes["named"]),
         wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),
         training=training,
-        ramp=Ramp(wishes["ramp"], wishes["ramp_shape"]),
+        ramp=_ramp(wishes["ramp"], wishes["ramp_shape"]),
         search=searching,
     )
+
+
+def _ramp(share: float | None, shape: str | None) -> Any:
+    """What was asked for; None where nothing was."""
+    from onnxcompress.train.depth.training import Ramp
+
+    if share is None and shape is None:
+        return None
+    return Ramp(Ramp().share if share is None else share, shape or Ramp().shape)
 
 
 def _run_of(text: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from onnxcompress.train.depth.options import DepthOptions
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.scoring import Judge, SubnetScorer
 from onnxcompress.train.depth.supernet import Supernet, build_supernet
+from onnxcompress.train.depth.training import settle_statistics
 from onnxcompress.train.supervision import Supervision, Teacher, make_teacher, supervise
 from onnxcompress.train.torch_graph import TorchGraph
 from onnxcompress.validation.equivalence import for_runtime, read_model
@@ -196,6 +197,14 @@ class Given:
             budget_s=TIMING_S,
             max_runs=1000,
         )
+
+    def original(self) -> TorchGraph:
+        """The network before, without gradients, where things are computed."""
+        return TorchGraph(self.graph, trainable=lambda name: False).to(self.device)
+
+    def settle(self, twin: TorchGraph) -> None:
+        """Estimate BatchNormalization of a twin anew."""
+        settle_statistics(twin, self.calibration)
 
     def build(self, blocks: Sequence[Block]) -> Supernet:
         """A supernet with the original weights."""

@@ -11,6 +11,7 @@ from typing import Any
 from onnxcompress.errors import RecipeError
 from onnxcompress.measure import Figures, LatencyFigures
 from onnxcompress.train.depth.blocks import Refusal
+from onnxcompress.train.depth.fitting import BlockFit
 from onnxcompress.train.depth.kinds import FLOWS, Flow, Kind
 from onnxcompress.train.depth.offers import Base, Goal, Offer
 from onnxcompress.train.depth.search import SearchResult, SearchSettings
@@ -20,6 +21,8 @@ from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.supervision import Wishes
 
 STAGES = ("supernet", "search", "train")
+STARTS = ("fitted", "original")
+SUPERNETS = ("fitted", "trained")
 MERGE_TOLERANCE = 1e-5  # largest max|d| / max|y| of merged and unmerged
 
 
@@ -41,8 +44,12 @@ class DepthOptions:
         teacher: The model to distil from; the original when None.
         wishes: What to learn from; the original's outputs where there are no labels.
         training: Of the chosen blocks.
-        supernet_epochs: Passes over the data for the supernet, with the same settings otherwise.
-        ramp: How the chosen blocks fade.
+        supernet: "fitted": pruned flows have weights of their own, fitted block by block; "trained": shared weights,
+            trained by the sandwich rule.
+        supernet_epochs: Passes over the data for a supernet that is trained, with the same settings otherwise.
+        start: What the chosen blocks are trained from: "fitted", pruned at once and their last linear operators fitted
+            to what the blocks gave; or "original", the weights as they are.
+        ramp: How the chosen blocks fade from the original weights; None for the usual one.
         search: How to look for them.
         calibration: Samples that BatchNormalization is estimated from.
         jobs: Processes for the search; None for one a processor.
@@ -68,8 +75,10 @@ class DepthOptions:
     teacher: Path | None = None
     wishes: Wishes = field(default_factory=Wishes)
     training: TrainSettings = field(default_factory=TrainSettings)
+    supernet: str = "fitted"
     supernet_epochs: float = 2.0
-    ramp: Ramp = field(default_factory=Ramp)
+    start: str = "fitted"
+    ramp: Ramp | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
     calibration: int = 256
     jobs: int | None = None
@@ -94,10 +103,26 @@ class DepthOptions:
             raise RecipeError("the supernet is for the search: leave supernet out of the stages, or add search")
         if self.activation not in ("nothing", "batchnorm"):
             raise RecipeError(f"activation {self.activation!r}: choose nothing or batchnorm")
+        if self.supernet not in SUPERNETS:
+            raise RecipeError(f"supernet {self.supernet!r}: choose {' or '.join(SUPERNETS)}")
+        if self.start not in STARTS:
+            raise RecipeError(f"start {self.start!r}: choose {' or '.join(STARTS)}")
+        if self.start == "fitted" and self.ramp is not None and self.ramp.share > 0:
+            raise RecipeError(
+                f"ramp {self.ramp.share:g}: blocks fade from the original weights only, fitted ones are pruned at "
+                "once: give --start original, or no ramp"
+            )
         if not 0 < self.supernet_epochs < math.inf:
             raise RecipeError(f"supernet epochs {self.supernet_epochs:g}: expected more than 0")
         if self.calibration < 2:
             raise RecipeError(f"calibration {self.calibration}: expected at least 2 samples")
+
+    @property
+    def fading(self) -> Ramp:
+        """The ramp that is meant."""
+        if self.start == "fitted":
+            return Ramp(0.0)
+        return self.ramp or Ramp()
 
     @property
     def flows(self) -> dict[Kind, Flow]:
@@ -164,6 +189,7 @@ class DepthResult:
         merge_error: max|d| / max|y| between merged and unmerged.
         supernet: Figures of its training; None without.
         found: Of the search; None without.
+        fits: Of the blocks that were pruned; empty where they were not fitted.
         training: Figures of the run; None without.
         seconds: All in all.
     """
@@ -186,6 +212,7 @@ class DepthResult:
     merge_error: float
     supernet: TrainResult | None
     found: SearchResult | None
+    fits: list[BlockFit]
     training: TrainResult | None
     seconds: float
 

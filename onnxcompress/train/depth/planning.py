@@ -154,8 +154,13 @@ class Planner:
         step()
         each = min(step() for _ in range(2))
         every = self.given.batches.steps_per_epoch
+        start = time.monotonic()
+        self.given.settle(twin)
+        fit = _FIT_PASSES * (time.monotonic() - start)  # of one block
         seconds = {}
-        if "supernet" in options.stages:
+        if "supernet" in options.stages and options.supernet == "fitted":
+            seconds["supernet"] = fit * len(offers)
+        elif "supernet" in options.stages:
             seconds["supernet"] = each * replace(settings, steps=None, epochs=options.supernet_epochs).total_steps(
                 every
             )
@@ -166,9 +171,14 @@ class Planner:
                 scorer.alone = True
                 scorer(["1" * len(offers)], lambda scores: None)
                 seconds["search"] = (time.monotonic() - start) * math.ceil(candidates / scorer_jobs)
+        if options.start == "fitted":
+            seconds["fit"] = fit * len(offers)
         if "train" in options.stages:
             seconds["train"] = each / 3 * settings.total_steps(every)
         return seconds
+
+
+_FIT_PASSES = 3.0  # statistics, both networks, and the solution, in passes over the samples
 
 
 def amount_text(goal: Goal, value: float, base: Base) -> str:

@@ -1,9 +1,9 @@
 """``prune-depth``: make whole blocks of an .onnx file one operator each, or nothing, and keep its accuracy.
 
     plan       blocks are found; what each would save is counted, and measured where latency is the goal
-    supernet   one network of all subnets is trained shortly, by the sandwich rule
+    supernet   one network of all subnets: its pruned flows are fitted, or it is trained by the sandwich rule
     search     subnets are scored in it within the goal, BatchNormalization estimated anew before each
-    train      the chosen blocks are pruned progressively, from the original weights
+    train      the chosen blocks are fitted and trained, or fade from the original weights (progressive training)
     merge      the ordinary passes merge what is linear now; onnxruntime confirms the result
 
 Each stage keeps its state in the checkpoint folder: a run that was stopped goes on with the same command.
@@ -18,7 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from onnxcompress.runtime import REFERENCE, Runtime
 from onnxcompress.train.checkpoint import Checkpoint, digest
 from onnxcompress.train.depth.blocks import Block, Refusal
 from onnxcompress.train.depth.costs import merge
+from onnxcompress.train.depth.fitting import BlockFit, fit_blocks, fit_supernet
 from onnxcompress.train.depth.given import RUNTIME_TIMEOUT_S, Given, Say, file_digest
 from onnxcompress.train.depth.offers import Base, BudgetError, GoalKind, Offer, choose_blocks, measure_offers
 from onnxcompress.train.depth.options import DepthOptions, DepthPlan, DepthResult
@@ -38,7 +39,7 @@ from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.scoring import SubnetScorer
 from onnxcompress.train.depth.search import Budget, ScoreCache, SearchResult, search
 from onnxcompress.train.depth.supernet import Supernet, build_pruned
-from onnxcompress.train.depth.training import Lambdas, settle_statistics, settled, train_progressively, train_supernet
+from onnxcompress.train.depth.training import Lambdas, settled, train_progressively, train_supernet
 from onnxcompress.train.loop import Evaluation, Progress, TrainResult
 from onnxcompress.train.supervision import Supervision
 from onnxcompress.train.torch_graph import TorchGraph
@@ -113,6 +114,17 @@ def prune_depth(
         return _Job(given, progress).run()
 
 
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """The chosen blocks pruned, in a twin."""
+
+    twin: TorchGraph
+    supernet: Supernet
+    supervision: Supervision
+    fits: list[BlockFit]
+    training: TrainResult | None
+
+
 class _Job:
     """One model on its way."""
 
@@ -134,8 +146,8 @@ class _Job:
             chosen = [name for name, bit in zip(names, found.bits, strict=True) if bit == "1"]
         logger.info("pruning %s", ", ".join(chosen))
         blocks = [offer.block for offer in offers if offer.name in chosen]
-        twin, supernet, supervision, training = self._train(blocks)
-        return self._write(offers, blocks, twin, supernet, supervision, supernet_run, found, training)
+        trained = self._train(blocks)
+        return self._write(offers, blocks, trained, supernet_run, found)
 
     def plan(self) -> DepthPlan:
         options = self.given.options
@@ -178,15 +190,25 @@ class _Job:
         blocks = [offer.block for offer in offers]
         supernet = self.given.build(blocks)
         twin = TorchGraph(supernet.graph)
-        supervision = self.given.supervise(twin)
+        weights = digest(sorted(twin.state_dict().items()))  # a fit gives the same to some bits only
         trained = None
-        if "supernet" in options.stages:
+        if "supernet" in options.stages and options.supernet == "fitted":
+            self.given.say("fitting the supernet")
+            given = self.given
+            supernet, _ = fit_supernet(
+                supernet, given.original(), given.calibration, settle=given.settle, device=given.device
+            )
+            twin = TorchGraph(supernet.graph)
+        supervision = self.given.supervise(twin)
+        if "supernet" in options.stages and options.supernet == "trained":
             trained = self._train_supernet(twin, supernet, supervision, blocks)
+            weights = digest(sorted(twin.state_dict().items()))
         twin.to(self.given.device)
         assert supervision.metric is not None
         self.given.say("searching")
         identity = {
-            "supernet": digest(sorted(twin.state_dict().items())),
+            "supernet": weights,
+            "supernet made": options.supernet if "supernet" in options.stages else "as it is",
             "model": file_digest(self.given.source),
             "blocks": [f"{block.name} {block.kind}" for block in blocks],
             "validation data": self.given.judged.identity(),
@@ -252,43 +274,57 @@ class _Job:
 
     # -- the chosen blocks ---------------------------------------------------------------------------------------------
 
-    def _train(self, blocks: Sequence[Block]) -> tuple[TorchGraph, Supernet, Supervision, TrainResult | None]:
-        options = self.given.options
-        supernet = self.given.build(blocks)
+    def _train(self, blocks: Sequence[Block]) -> _Trained:
+        given, options = self.given, self.given.options
+        supernet = given.build(blocks)
         twin = TorchGraph(supernet.graph)
         lambdas = Lambdas(twin, supernet.lambdas)
-        supervision = self.given.supervise(twin)
+        supervision = given.supervise(twin)
+        identity = given.identity(twin, supervision, blocks) | {
+            "start": options.start,
+            "ramp": options.fading.share,
+            "ramp shape": options.fading.shape,
+        }
+        checkpoint = Checkpoint(given.folder / "train", identity, resume=options.resume)
+        fits: list[BlockFit] = []
+        twin.to(given.device)
+        if "train" not in options.stages or checkpoint.load() is None:
+            fits = self._start(twin, supernet, lambdas)
         if "train" not in options.stages:
-            self.given.say("estimating BatchNormalization")
-            lambdas.set_all(1.0)
-            twin.to(self.given.device)
-            settle_statistics(twin, self.given.calibration)
-            return twin, supernet, supervision, None
+            return _Trained(twin, supernet, supervision, fits, None)
         assert supervision.metric is not None and supervision.objective is not None
         evaluation = Evaluation(
-            lambda model: supervision.figure(model, self.given.judged, self.given.device),
+            lambda model: supervision.figure(model, given.judged, given.device),
             supervision.metric.name,
             supervision.metric.higher_is_better,
         )
         if not options.training.freeze_statistics:
-            evaluation = settled(evaluation, self.given.calibration)
-        identity = self.given.identity(twin, supervision, blocks) | {
-            "ramp": options.ramp.share,
-            "ramp shape": options.ramp.shape,
-        }
-        self.given.say("training the pruned network")
+            evaluation = settled(evaluation, given.calibration)
+        given.say("training the pruned network")
         training = train_progressively(
             twin,
             lambdas,
-            self.given.batches,
+            given.batches,
             supervision.objective,
             options.training,
-            ramp=options.ramp,
+            ramp=options.fading,
             evaluation=evaluation,
-            checkpoint=Checkpoint(self.given.folder / "train", identity, resume=options.resume),
+            checkpoint=checkpoint,
             progress=self.progress,
         )
-        return twin, supernet, supervision, training
+        return _Trained(twin, supernet, supervision, fits, training)
+
+    def _start(self, twin: TorchGraph, supernet: Supernet, lambdas: Lambdas) -> list[BlockFit]:
+        """Bring the weights to where training starts."""
+        given, options = self.given, self.given.options
+        if options.start == "fitted":
+            given.say("fitting the pruned blocks")
+            return fit_blocks(twin, supernet, given.original(), given.calibration, lambdas=lambdas, settle=given.settle)
+        if "train" not in options.stages:
+            given.say("estimating BatchNormalization")
+            lambdas.set_all(1.0)
+            given.settle(twin)
+        return []
 
     # -- the result ----------------------------------------------------------------------------------------------------
 
@@ -296,13 +332,11 @@ class _Job:
         self,
         offers: list[Offer],
         blocks: Sequence[Block],
-        twin: TorchGraph,
-        supernet: Supernet,
-        supervision: Supervision,
+        trained: _Trained,
         supernet_run: TrainResult | None,
         found: SearchResult | None,
-        training: TrainResult | None,
     ) -> DepthResult:
+        twin, supernet, supervision, training = trained.twin, trained.supernet, trained.supervision, trained.training
         assert self.given.output is not None and supervision.metric is not None and supervision.expected is not None
         metric, options = supervision.metric, self.given.options
         said = supervision.figure(twin, self.given.judged, self.given.device)
@@ -351,6 +385,7 @@ class _Job:
             merge_error=error,
             supernet=supernet_run,
             found=found,
+            fits=trained.fits,
             training=training,
             seconds=time.monotonic() - self.given.start,
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +86,10 @@ class Lambdas:
 
     def set_all(self, value: float) -> None:
         self.values.update(dict.fromkeys(self.blocks, value))
+
+    def prune(self, blocks: Collection[str]) -> None:
+        """Prune these blocks and no others."""
+        self.values.update({block: float(block in blocks) for block in self.blocks})
 
     def set_bits(self, bits: str) -> None:
         """Prune the blocks whose bit is "1", and no others."""
