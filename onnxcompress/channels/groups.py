@@ -88,6 +88,13 @@ class Channels:
             line = [self._index[atom] for atom in found]
             self._of_label[label] = line + [line[0]] * (most - len(line))
         self.reasons = {self._index[atom]: reason for atom, reason in atoms.frozen.items()}
+        # Atoms along axes over which two tensors are multiplied: the places of queries and keys.
+        self.contracted = {
+            atom
+            for line in trace.contracted
+            for atoms in self.atoms_of(Line(roots(line.labels), line.axis))
+            for atom in atoms
+        }
         self.groups = self._group()
         self.by_name = {group.name: group for group in self.groups}
 
@@ -110,6 +117,14 @@ class Channels:
         Raises:
             ValueError: No such group, a frozen one, an index out of range, or nothing would be left of a group.
         """
+        return np.asarray(self.gone(removed)[self._of_label].any(axis=1))
+
+    def atoms_of_labels(self, labels: np.ndarray) -> np.ndarray:
+        """(labels, n) atoms of each; the last number stands for none."""
+        return np.asarray(self._of_label[labels.reshape(-1)])
+
+    def gone(self, removed: Removed) -> np.ndarray:
+        """(atoms + 1,) bool: which go; raises as ``removed_labels``."""
         gone = np.zeros(self.count + 1, bool)
         for name, indices in removed.items():
             group = self.by_name.get(name)
@@ -123,7 +138,7 @@ class Channels:
             if chosen[0] < 0 or chosen[-1] >= group.size or len(chosen) == group.size:
                 raise ValueError(f"group {name!r} has {group.size} channels: {chosen} cannot be removed")
             gone[[group.atoms[i] for i in chosen]] = True
-        return np.asarray(gone[self._of_label].any(axis=1))
+        return gone
 
     def keeping(self, removed: Removed) -> Keeping:
         """What stays; also asked with labels that are not roots."""
@@ -220,24 +235,40 @@ class MacsModel:
 
     def __init__(self, channels: Channels) -> None:
         self.channels = channels
-        self.total = 0.0
-        self._nodes: list[tuple[float, Work]] = []
+        self._nodes: list[tuple[float, tuple[np.ndarray, ...]]] = []
+        self._near: dict[str, list[int]] = {}
         known = {work.node: work for work in channels.works}
+        self._fixed = 0.0
+        by_atom: dict[int, set[int]] = {}
         for node in channels.graph.nodes:
             macs = float(node_macs(node)[0])
-            self.total += macs
-            if node in known and macs:
-                self._nodes.append((macs, known[node]))
-        self._fixed = self.total - sum(macs for macs, _ in self._nodes)
+            if node not in known or not macs:
+                self._fixed += macs
+                continue
+            factors = tuple(channels.atoms_of_labels(labels) for labels in known[node].factors)
+            for atom in {atom for factor in factors for atom in np.unique(factor).tolist()}:
+                by_atom.setdefault(atom, set()).add(len(self._nodes))
+            self._nodes.append((macs, factors))
+        for group in channels.groups:
+            self._near[group.name] = sorted({n for atom in group.atoms for n in by_atom.get(atom, ())})
 
-    def macs(self, removed_labels: np.ndarray) -> float:
-        """MACs when these labels are gone."""
-        total = self._fixed
-        for macs, work in self._nodes:
-            for factor in work.factors:
-                macs *= 1 - float(np.count_nonzero(removed_labels[factor])) / factor.size
-            total += macs
-        return total
+    def macs(self, removed: Removed) -> float:
+        """MACs without these channels."""
+        return self.macs_of(self.channels.gone(removed))
+
+    def macs_of(self, gone: np.ndarray) -> float:
+        """MACs without atoms, (atoms + 1,) bool."""
+        return self._fixed + sum(self._macs(number, gone) for number in range(len(self._nodes)))
+
+    def macs_near(self, gone: np.ndarray, group: Group) -> float:
+        """MACs of the nodes that the channels of a group touch."""
+        return sum(self._macs(number, gone) for number in self._near[group.name])
+
+    def _macs(self, number: int, gone: np.ndarray) -> float:
+        macs, factors = self._nodes[number]
+        for factor in factors:
+            macs *= 1 - float(np.count_nonzero(gone[factor].any(axis=1))) / len(factor)
+        return macs
 
 
 def node_of(graph: Graph, name: str) -> Node | None:

@@ -216,6 +216,7 @@ def _unite_summed(trace: Trace, node: Node, a: Tensor, b: Tensor) -> None:
     if has_left and has_right:
         assert left is not None and right is not None
         turned = np.swapaxes(right, -1, -2)
+        trace.contracted.append(Line(left, rank - 1))
         if varied(turned) == varied(left) and turned.shape == left.shape:
             trace.space.unite(left, turned)
         else:

@@ -126,6 +126,7 @@ class Trace:
     repairs: list[Repair] = field(default_factory=list)
     offsets: list[Offset] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
+    contracted: list[Line] = field(default_factory=list)
     makers: dict[int, str] = field(default_factory=dict)  # first label of a new run, and the node that made it
 
     # -- questions ---------------------------------------------------------------------------------------------------

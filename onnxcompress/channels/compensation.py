@@ -1,0 +1,400 @@
+"""Ranking by data, and weights that make up for the channels that go: least squares on what the layers read.
+
+A layer y = W x loses the inputs R and keeps K. With the covariance C of its input rows the best weights on K are
+W' = W C[:, K] C[K, K]^-1 and the bias takes the means; what is lost then is the part of W_R x_R that no linear map of
+x_K gives. A group is ranked by that: channels go one by one, each time the one whose loss, over all layers that read
+it, is least once the others have made up for it, as in Hassibi & Stork 1993 (Optimal Brain Surgeon) with a layer's
+output error in the place of the loss. A layer's error counts as much as it moves the outputs of the network.
+
+The weights are then fitted in execution order, each to the original's outputs on the input that the pruned network
+gives it, so that later layers make up for what earlier ones lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.channels.groups import Channels, Group, Removed
+from onnxcompress.channels.labels import Line
+from onnxcompress.channels.ranking import Ranking
+from onnxcompress.channels.trace import Binding
+from onnxcompress.codebook.codebook import Statistics
+from onnxcompress.codebook.damage import DamageMeter
+from onnxcompress.codebook.layers import Layer, find_layers
+from onnxcompress.codebook.statistics import Calibration
+from onnxcompress.graph import Graph, Node
+from onnxcompress.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+RIDGE = 1e-3  # of the mean variance, towards the weight that was there
+MAX_LENGTH = 2304  # rows longer than this are ranked channel by channel, without what others make up for
+NOISE = 0.3  # of each weight, to see how much a layer's error moves the outputs
+STEPS = 64  # in which a group is ranked
+ROWS_PER_INPUT = 16
+Say = Callable[[str], None]
+
+
+@dataclass(eq=False)
+class Reader:
+    """A layer that mixes channels.
+
+    Attributes:
+        layer: Its weight.
+        columns: (D, n) atoms of each column of its matrix.
+        rows: (outputs, n) atoms of each row.
+    """
+
+    layer: Layer
+    columns: np.ndarray | None
+    rows: np.ndarray | None
+
+
+class Layers:
+    """The layers of a graph with the channels of their rows and columns."""
+
+    def __init__(self, channels: Channels) -> None:
+        self.channels = channels
+        found, self.refusals = find_layers(channels.graph)
+        bound: dict[tuple[Node, int, str], Binding] = {(b.node, b.slot, b.role): b for b in channels.bindings}
+        self.readers = []
+        for layer in found:
+            use = layer.uses[0]
+            sides = [bound.get((use.node, use.slot, role)) for role in ("input", "weight")]
+            columns, rows = (
+                None if side is None else self._spread(side.line, size)
+                for side, size in zip(sides, (layer.length, layer.outputs), strict=True)
+            )
+            self.readers.append(Reader(layer, columns, rows))
+        self.layers = [reader.layer for reader in self.readers]
+        self.of_layer = {reader.layer: reader for reader in self.readers}
+
+    def _spread(self, line: Line, size: int) -> np.ndarray | None:
+        """(size, n) atoms of neighbouring columns, as many for each slice."""
+        if line.size == 0 or size % line.size:
+            return None
+        sets = [sorted(atoms) for atoms in self.channels.atoms_of(line)]
+        most = max(map(len, sets), default=0)
+        if most == 0:
+            return None
+        padded = np.array([atoms + [self.channels.count] * (most - len(atoms)) for atoms in sets])
+        return np.repeat(padded, size // line.size, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Consumer:
+    """What ranking needs of a layer: weights, covariance of one group of inputs, and what a unit of error costs."""
+
+    weight: np.ndarray
+    covariance: np.ndarray
+    columns: np.ndarray
+    price: float
+
+
+def rank_by_data(
+    channels: Channels,
+    samples: Sequence[Mapping[str, Any]],
+    runtime: Runtime,
+    *,
+    judged: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+    say: Say = lambda line: None,
+) -> dict[str, Ranking]:
+    """Rankings of the groups that layers with statistics read; the others are left out.
+
+    Args:
+        channels: Of a graph whose BatchNormalizations may still be there.
+        samples: Values by input name, each of one batch.
+        runtime: Where the network runs.
+        judged: A few samples on which a layer's error is held against the outputs; layers count alike without them.
+        seed: Of the choice of rows.
+        say: Told what is being done.
+    """
+    layers = Layers(channels)
+    free = {atom for group in channels.groups if not group.frozen for atom in group.atoms}
+    consumers: list[_Consumer] = []
+    energies = np.zeros(channels.count + 1)
+    meter = DamageMeter(channels.graph, layers.layers, judged, runtime) if judged else None
+    wishes: dict[str, Any] = {"held_out_fraction": 0.0, "rows_per_input": ROWS_PER_INPUT, "seed": seed}
+    with Calibration(channels.graph, layers.layers, samples, runtime=runtime, **wishes) as calibration:
+        for stage in calibration.stages():
+            for layer in stage:
+                reader = layers.of_layer[layer]
+                statistics = calibration.statistics(layer)
+                if statistics is None:
+                    continue
+                say(f"reading {layer.name}")
+                _add_energies(energies, reader, statistics)
+                if reader.columns is not None and free & set(np.unique(reader.columns).tolist()):
+                    consumers += _consumers(reader, statistics, meter, seed)
+    return {
+        group.name: ranking
+        for group in channels.groups
+        if not group.frozen and (ranking := _rank(group, consumers, energies, channels, say)) is not None
+    }
+
+
+def _covariance(statistics: Statistics, group: int) -> np.ndarray:
+    mean = statistics.mean[group]
+    return np.asarray(statistics.gram[group] / statistics.rows - np.outer(mean, mean))
+
+
+def _consumers(reader: Reader, statistics: Statistics, meter: DamageMeter | None, seed: int) -> list[_Consumer]:
+    layer, matrix = reader.layer, reader.layer.matrix().astype(np.float64)
+    assert reader.columns is not None
+    per_group = layer.outputs // layer.groups
+    blocks = [matrix[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
+    covariances = [_covariance(statistics, g) for g in range(layer.groups)]
+    energy = sum(float(np.einsum("od,de,oe->", w, c, w)) for w, c in zip(blocks, covariances, strict=True))
+    if energy <= 0:
+        return []
+    price = 1.0
+    if meter is not None and meter.taps:
+        noise = NOISE * matrix * np.random.default_rng(seed).normal(size=matrix.shape)
+        parts = [noise[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
+        error = sum(float(np.einsum("od,de,oe->", w, c, w)) for w, c in zip(parts, covariances, strict=True))
+        if error > 0:
+            price = meter.measure(layer, (matrix + noise).astype(np.float32), None) / (error / energy)
+    return [_Consumer(w, c, reader.columns, price / energy) for w, c in zip(blocks, covariances, strict=True)]
+
+
+def _add_energies(energies: np.ndarray, reader: Reader, statistics: Statistics) -> None:
+    """Add the share of a layer's output that each channel it makes has."""
+    if reader.rows is None:
+        return
+    per_group = reader.layer.outputs // reader.layer.groups
+    matrix = reader.layer.matrix()
+    own = np.concatenate(
+        [
+            np.einsum("od,de,oe->o", w, _covariance(statistics, g), w)
+            for g in range(reader.layer.groups)
+            for w in [matrix[g * per_group : (g + 1) * per_group]]
+        ]
+    )
+    for atoms, share in zip(reader.rows, own / max(own.sum(), 1e-30), strict=True):
+        energies[np.unique(atoms)] += share
+
+
+def _rank(
+    group: Group, consumers: Sequence[_Consumer], energies: np.ndarray, channels: Channels, say: Say
+) -> Ranking | None:
+    mine = set(group.atoms)
+    states = [_Elimination(c, group) for c in consumers if mine & set(np.unique(c.columns).tolist())]
+    extra = energies[list(group.atoms)] if channels.contracted & mine else np.zeros(group.size)
+    if not states and not extra.any():
+        return None
+    say(f"ranking {group.name}")
+    order: list[int] = []
+    costs: list[float] = []
+    left = np.ones(group.size, bool)
+    step = max(1, group.size // STEPS)
+    while len(order) < group.size:
+        loss = extra + sum((state.losses() for state in states), np.zeros(group.size))
+        loss[~left] = np.inf
+        chosen = np.argsort(loss, kind="stable")[: min(step, int(left.sum()))]
+        for index in chosen.tolist():
+            order.append(index)
+            costs.append(max(float(loss[index]), 0.0))
+            left[index] = False
+        for state in states:
+            state.remove(chosen)
+    return Ranking(np.array(order), np.array(costs))
+
+
+class _Elimination:
+    """One layer while the channels of a group go: what each would cost now."""
+
+    def __init__(self, consumer: _Consumer, group: Group) -> None:
+        self.price = consumer.price
+        self.weight = consumer.weight.copy()
+        self.columns = [np.flatnonzero((consumer.columns == atom).any(axis=1)) for atom in group.atoms]
+        covariance = consumer.covariance
+        self.exact = len(covariance) <= MAX_LENGTH
+        if self.exact:
+            scale = max(float(np.trace(covariance)) / len(covariance), 1e-30)
+            self.inverse = np.linalg.inv(covariance + RIDGE * scale * np.eye(len(covariance)))
+        else:
+            self.inverse = covariance
+        self.gone = np.zeros(len(self.columns), bool)
+
+    def losses(self) -> np.ndarray:
+        """(channels,) priced errors of removing each alone."""
+        found = np.zeros(len(self.columns))
+        for index, columns in enumerate(self.columns):
+            if self.gone[index] or not len(columns):
+                continue
+            weight, block = self.weight[:, columns], self.inverse[np.ix_(columns, columns)]
+            middle = np.linalg.solve(block, weight.T) if self.exact else block @ weight.T
+            found[index] = float(np.einsum("oc,co->", weight, middle))
+        return self.price * found
+
+    def remove(self, chosen: np.ndarray) -> None:
+        self.gone[chosen] = True
+        columns = np.concatenate([self.columns[i] for i in chosen.tolist()])
+        if not self.exact or not len(columns):
+            return
+        block = self.inverse[np.ix_(columns, columns)]
+        rows = np.linalg.solve(block, self.inverse[columns])
+        self.weight -= self.weight[:, columns] @ rows
+        self.inverse -= self.inverse[:, columns] @ rows
+        # What is gone is 0 for good; rounding would let it come back.
+        self.weight[:, columns] = 0
+        self.inverse[columns] = 0
+        self.inverse[:, columns] = 0
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of one layer.
+
+    Attributes:
+        name: Of the weight.
+        before: Relative squared error of its outputs that stay, with its inputs gone and nothing done about it.
+        after: The same with the new weights.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+def compensate(
+    channels: Channels,
+    removed: Removed,
+    samples: Sequence[Mapping[str, Any]],
+    runtime: Runtime,
+    *,
+    seed: int = 0,
+    say: Say = lambda line: None,
+) -> list[Fit]:
+    """Give the layers of the graph weights that make up for channels that are to go; no shape changes.
+
+    ``channels`` is of no use afterwards: a layer may have got a bias.
+    """
+    layers = Layers(channels)
+    gone = channels.gone(removed)
+    fits, changes = [], []
+    wishes: dict[str, Any] = {"held_out_fraction": 0.0, "rows_per_input": ROWS_PER_INPUT, "seed": seed}
+    with Calibration(channels.graph, layers.layers, samples, runtime=runtime, **wishes) as calibration:
+        for stage in calibration.stages():
+            for layer in stage:
+                reader = layers.of_layer[layer]
+                statistics = calibration.statistics(layer)
+                lost = None if reader.columns is None else gone[reader.columns].any(axis=1)
+                dead = None if reader.rows is None else gone[reader.rows].any(axis=1)
+                is_touched = any(mask is not None and mask.any() for mask in (lost, dead))
+                paired = statistics is not None and statistics.cross is not None
+                if layer.in_body or not (is_touched or paired):
+                    continue
+                say(f"fitting {layer.name}")
+                matrix, bias, fit = _fit(layer, statistics, lost, dead)
+                calibration.replace(layer, matrix, bias)
+                changes.append((layer, matrix, bias))
+                if fit is not None:
+                    fits.append(fit)
+    for layer, matrix, bias in changes:
+        _write(channels.graph, layer, matrix, bias)
+    return fits
+
+
+def _fit(
+    layer: Layer, statistics: Statistics | None, lost: np.ndarray | None, dead: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None, Fit | None]:
+    """New weights (outputs, D) and bias of a layer; rows that nothing reads are 0."""
+    matrix = layer.matrix().astype(np.float64)
+    place = layer.uses[0].bias
+    with_bias = layer.has_bias and place is not None and not place.new_add
+    old = layer.bias() if with_bias else None
+    bias = None if not with_bias else (np.zeros(layer.outputs) if old is None else old.astype(np.float64))
+    kept = np.ones(layer.length, bool) if lost is None else ~lost
+    fit: Fit | None = None
+    result = np.where(kept, matrix, 0.0)
+    if statistics is not None:
+        result, bias, fit = _solve(layer, statistics, matrix, bias, kept, dead)
+    if dead is not None:
+        result[dead] = 0
+        if bias is not None:
+            bias[dead] = 0
+    return result.astype(np.float32), None if bias is None else bias.astype(np.float32), fit
+
+
+def _solve(
+    layer: Layer,
+    statistics: Statistics,
+    matrix: np.ndarray,
+    bias: np.ndarray | None,
+    kept: np.ndarray,
+    dead: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None, Fit]:
+    """Least squares, group by group of the convolution."""
+    per_group, rows = layer.outputs // layer.groups, statistics.rows
+    result = np.zeros_like(matrix)
+    live = np.ones(layer.outputs, bool) if dead is None else ~dead
+    before = after = power = 0.0
+    for g in range(layer.groups):
+        here = slice(g * per_group, (g + 1) * per_group)
+        weight = matrix[here]
+        own, mean = statistics.gram[g] / rows, statistics.mean[g]
+        cross = own if statistics.cross is None else statistics.cross[g] / rows
+        floats = own if statistics.float_gram is None else statistics.float_gram[g] / rows
+        float_mean = mean if statistics.float_mean is None else statistics.float_mean[g]
+        missing = np.zeros((len(mean), per_group))
+        missing_mean = np.zeros(per_group)
+        if statistics.skip is not None:
+            missing, missing_mean = statistics.skip.cross[g] / rows, statistics.skip.mean[g]
+        if bias is not None:
+            own = own - np.outer(mean, mean)
+            cross = cross - np.outer(mean, float_mean)
+            floats = floats - np.outer(float_mean, float_mean)
+            missing = missing - np.outer(mean, missing_mean)
+        wanted = weight @ cross.T + missing.T  # (outputs, D): what each input should give
+        some = own[np.ix_(kept, kept)]
+        ridge = RIDGE * max(float(np.trace(some)) / max(len(some), 1), 1e-30)
+        system = some + ridge * np.eye(len(some))
+        solved = np.linalg.solve(system, (wanted[:, kept] + ridge * weight[:, kept]).T).T
+        result[here.start : here.stop, kept] = solved
+        if bias is not None:
+            bias[here] += weight @ float_mean + missing_mean - result[here] @ mean
+        count = live[here]
+        power += float(np.einsum("od,de,oe->o", weight, floats, weight)[count].sum())
+        for number, made in enumerate((np.where(kept, weight, 0.0), result[here])):
+            error = np.einsum("od,de,oe->o", made, own, made) - 2 * np.einsum("od,od->o", made, wanted)
+            error += np.einsum("od,de,oe->o", weight, floats, weight)
+            if number:
+                after += float(error[count].sum())
+            else:
+                before += float(error[count].sum())
+    scale = max(power, 1e-30)
+    return result, bias, Fit(layer.name, max(before, 0.0) / scale, max(after, 0.0) / scale)
+
+
+def _write(graph: Graph, layer: Layer, matrix: np.ndarray, bias: np.ndarray | None) -> None:
+    """Put new numbers where the layer's nodes read them."""
+    for use in layer.uses:
+        values = use.view.from_matrix(matrix).astype(use.origin.dtype)
+        _set_input(graph, use.node, use.slot, values, use.origin.root.name)
+    place = layer.uses[0].bias
+    if bias is None or place is None:
+        return
+    dtype = layer.uses[0].origin.dtype if place.origin is None else place.origin.dtype
+    name = f"{layer.name}_bias" if place.origin is None else place.origin.root.name
+    _set_input(graph, place.node, place.slot, place.with_part(bias).astype(dtype), name)
+
+
+def _set_input(graph: Graph, node: Node, slot: int, values: np.ndarray, name: str) -> None:
+    fresh = graph.new_constant(name, np.ascontiguousarray(values))
+    inputs = list(node.inputs)
+    if slot == len(inputs):
+        inputs.append(fresh)
+    else:
+        inputs[slot] = fresh
+    node.inputs = inputs
+    graph.touch(node)
