@@ -183,7 +183,10 @@ class Student(nn.Module):
                 self.names.append(name)
                 self.twin.edit(name, _giving(master))
         self.start = {name: value.detach().clone() for name, value in self.state_dict().items()}
-        self.counts = {str(one.codebook.name): _counts(one) for one in codebooks}
+        self.counts: dict[str, Tensor] = {}
+        for one in codebooks:  # several layers may share one
+            name = str(one.codebook.name)
+            self.counts[name] = self.counts[name] + _counts(one) if name in self.counts else _counts(one)
 
     def forward(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = self.twin(feeds, outputs)
@@ -208,7 +211,7 @@ class Student(nn.Module):
         for name, counts in self.counts.items():
             gradient = self.parameter_of(name).grad
             if gradient is not None:
-                gradient /= counts[:, None].to(gradient.device)
+                gradient /= counts.clamp(min=1)[:, None].to(gradient.device)
 
     def restore(self) -> None:
         """Go back to the numbers of the file."""
@@ -362,12 +365,12 @@ def _rounded(values: Tensor) -> Tensor:
 
 
 def _counts(one: CodebookWeight) -> Tensor:
-    """How many sub-vectors are stored as each codeword, 1 for none."""
+    """How many sub-vectors are stored as each codeword."""
     indices = one.indices.values.astype(np.int64).reshape(-1)
     if one.packed:
         indices = np.concatenate([indices // 16, indices % 16])
     counts = np.bincount(indices, minlength=one.codebook.shape[0])
-    return torch.from_numpy(np.maximum(counts, 1)).to(torch.float32)
+    return torch.from_numpy(counts).to(torch.float32)
 
 
 def _train_settings(settings: TuneSettings, steps: int, *, freeze_statistics: bool) -> TrainSettings:
