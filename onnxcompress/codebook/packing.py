@@ -28,6 +28,7 @@ from onnxcompress.rewrite import remove_if_unread
 SPLIT_OPSET = 13  # sizes are an input from then on
 MOVES = ("Reshape", "Transpose")
 MIN_TABLE = 256  # numbers
+MIN_VECTOR = 16  # of fewer each counts: the mean of an image's colours, the biases of classes
 MIN_VECTORS = 640  # numbers, from which on 256 levels are fewer bytes than float16
 
 
@@ -102,7 +103,8 @@ def _vectors(graph: Graph, may_be_narrow: Callable[[Constant], bool]) -> list[Co
         for tensor in node.inputs:
             if not isinstance(tensor, Constant) or tensor in found or not may_be_narrow(tensor):
                 continue
-            if len(tensor.shape) == 1 or math.prod(tensor.shape) >= MIN_TABLE:
+            count = math.prod(tensor.shape)
+            if count >= MIN_TABLE or (len(tensor.shape) == 1 and count >= MIN_VECTOR):
                 found.setdefault(tensor)
     return list(found)
 
