@@ -317,7 +317,7 @@ def _fit(
     kept = np.ones(layer.length, bool) if lost is None else ~lost
     fit: Fit | None = None
     result = np.where(kept, matrix, 0.0)
-    if statistics is not None:
+    if statistics is not None and (statistics.cross is not None or not kept.all()):
         result, bias, fit = _solve(layer, statistics, matrix, bias, kept, dead)
     if dead is not None:
         result[dead] = 0

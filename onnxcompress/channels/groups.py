@@ -87,7 +87,9 @@ class Channels:
         for label, found in atoms.of_label.items():
             line = [self._index[atom] for atom in found]
             self._of_label[label] = line + [line[0]] * (most - len(line))
-        self.reasons = {self._index[atom]: reason for atom, reason in atoms.frozen.items()}
+        # Slices of a labelling that another one stands for may be frozen as well: nothing is removed by them.
+        frozen = {atom: reason for atom, reason in atoms.frozen.items() if atom in self._index}
+        self.reasons = {self._index[atom]: reason for atom, reason in frozen.items()}
         # Atoms along axes over which two tensors are multiplied: the places of queries and keys.
         self.contracted = {
             atom

@@ -1,8 +1,8 @@
 """In which order the channels of a group go, and what each costs.
 
-Without data as in Liu et al. 2017 (Network Slimming): |scale| of the BatchNormalizations on a channel, summed; where a
-group has none, the L1 norm of the weights that make it, over the mean of its layer. With data see ``compensation.py``;
-numbers from elsewhere come in through ``ranking_of``.
+Without data as in Liu et al. 2017 (Network Slimming): |scale| of the BatchNormalizations on a channel, summed. Where a
+group has none, all numbers are relative to the mean of their layer, and the L1 norm of the weights that make a channel
+stands in for its scale. With data see ``compensation.py``; numbers from elsewhere come in through ``given``.
 """
 
 from __future__ import annotations
@@ -38,27 +38,25 @@ def ranking_of(importance: np.ndarray) -> Ranking:
 def magnitudes(channels: Channels) -> dict[str, Ranking]:
     """Rankings by weights alone of the groups that can be pruned."""
     free = [group for group in channels.groups if not group.frozen]
-    scales = _sums(channels, "scale")
-    weights = _sums(channels, "weight")
+    scales = _sums(channels, "scale", relative=False)
+    if all(np.any(scales[list(group.atoms)]) for group in free):
+        return {group.name: ranking_of(scales[list(group.atoms)]) for group in free}
+    # Numbers of two kinds are compared relative to the mean channel of their layer.
+    scales, weights = _sums(channels, "scale", relative=True), _sums(channels, "weight", relative=True)
     found = {}
-    has_scales = {group.name: bool(np.any(scales[list(group.atoms)])) for group in free}
-    all_scales = all(has_scales.values())
     for group in free:
-        source = scales if has_scales[group.name] else weights
-        values = source[list(group.atoms)]
-        if not all_scales:  # numbers of two kinds are compared by their groups' means
-            values = values / (values.mean() or 1.0)
-        found[group.name] = ranking_of(values)
+        own = scales[list(group.atoms)]
+        found[group.name] = ranking_of(own if np.any(own) else weights[list(group.atoms)])
     return found
 
 
-def _sums(channels: Channels, role: str) -> np.ndarray:
-    """(atoms,) sums of absolute numbers; of weights relative to the mean channel of their layer."""
+def _sums(channels: Channels, role: str, *, relative: bool) -> np.ndarray:
+    """(atoms,) sums of absolute numbers over the slices that go with each atom."""
     total = np.zeros(channels.count + 1)
     for binding in channels.bindings:
         if binding.role == role:
             norms = _norms(binding)
-            if role == "weight":
+            if relative:
                 norms = norms / (norms.mean() or 1.0)
             for atoms, norm in zip(channels.atoms_of(binding.line), norms, strict=True):
                 for atom in atoms:

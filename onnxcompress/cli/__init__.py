@@ -22,7 +22,18 @@ from onnxcompress.errors import OnnxCompressError
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # In the order of --help.
-VERBS = ("optimize", "quantize", "validate", "inspect", "bench", "view", "export", "finetune", "prune-depth")
+VERBS = (
+    "optimize",
+    "quantize",
+    "validate",
+    "inspect",
+    "bench",
+    "view",
+    "export",
+    "finetune",
+    "prune-depth",
+    "prune-width",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,0 +1,109 @@
+"""Ranking by data and least squares on the weights that stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxcompress.channels.compensation import compensate, rank_by_data
+from onnxcompress.channels.groups import find_channels
+from onnxcompress.channels.removing import remove_and_zero
+from onnxcompress.model_io import to_proto
+from onnxcompress.runtime import Runtime
+from onnxcompress.testing import graph_of, model, relative_error, run
+
+RNG = np.random.default_rng(11)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    with Runtime(timeout_s=60) as made:
+        yield made
+
+
+def twins(text: str, **shapes: tuple[int, ...]):
+    """A model whose channels 4 to 7 of w1 repeat 0 to 3, twice as large."""
+    weights = {name: normal(*shape) for name, shape in shapes.items()}
+    weights["w1"][4:] = 2 * weights["w1"][:4]
+    if "b1" in weights:
+        weights["b1"][4:] = 2 * weights["b1"][:4]
+    return model(text, **weights)
+
+
+CONV = twins(
+    "g (float[N,3,8,8] x) => (float[N,5,?,?] y) { a = Conv(x, w1, b1) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, w2) }",
+    w1=(8, 3, 3, 3), b1=(8,), w2=(5, 8, 3, 3),
+)  # fmt: skip
+DENSE = twins(
+    "g (float[N,6] x) => (float[N,5] y) { a = Gemm<transB=1>(x, w1, b1) r = Relu(a) y = Gemm<transB=1>(r, w2, b2) }",
+    w1=(8, 6), b1=(8,), w2=(5, 8), b2=(5,),
+)  # fmt: skip
+
+
+def samples(proto, count: int = 8) -> list[dict[str, np.ndarray]]:
+    dims = [d.dim_value or 16 for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    return [{"x": RNG.normal(size=dims).astype(np.float32)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("proto", [CONV, DENSE], ids=["conv", "gemm"])
+def test_channels_that_others_repeat_go_first_and_cost_nothing(proto, runtime):
+    channels = find_channels(graph_of(proto))
+    (ranking,) = rank_by_data(channels, samples(proto), runtime).values()
+    assert len({int(i) % 4 for i in ranking.order[:4]}) == 4  # one of each pair
+    # Measured 1.2e-3 and 2.1e-2, and not 0, by the ridge; the channels alone would cost about as much as the others.
+    assert ranking.costs[:4].max() < 0.1 * ranking.costs[4:].min()
+
+
+@pytest.mark.parametrize("proto", [CONV, DENSE], ids=["conv", "gemm"])
+def test_what_stays_makes_up_for_what_goes(proto, runtime):
+    feeds = samples(proto)
+    removed = {"a": [4, 5, 6, 7]}
+    channels = find_channels(graph_of(proto))
+    (fit,) = [f for f in compensate(channels, removed, feeds, runtime) if "w2" in f.name]
+    assert fit.before > 0.1 and fit.after < 5e-5  # measured 8.5e-6: the ridge
+    fitted = to_proto(channels.graph)
+    fresh = samples(proto, 1)[0]
+    expected = run(proto, fresh)[0]
+    plain, _ = remove_and_zero(proto, removed)
+    pruned, zeroed = remove_and_zero(fitted, removed)
+    assert relative_error(expected, run(plain, fresh)[0]) > 0.3
+    assert relative_error(expected, run(pruned, fresh)[0]) < 1e-2  # measured 2e-3: the ridge
+    assert relative_error(run(zeroed, fresh)[0], run(pruned, fresh)[0]) < 2e-6  # measured 3e-7
+
+
+def test_a_mean_that_goes_moves_into_the_bias(runtime):
+    """A channel that is constant is made up for by a bias, which the Conv did not have."""
+    weights = {"w1": normal(8, 3, 1, 1), "b1": normal(8), "w2": normal(5, 8, 1, 1)}
+    weights["w1"][2] = 0
+    weights["b1"][2] = 3
+    proto = model("g (float[N,3,8,8] x) => (float[N,5,?,?] y) { a = Conv(x, w1, b1) y = Conv(a, w2) }", **weights)
+    channels = find_channels(graph_of(proto))
+    ranking = rank_by_data(channels, samples(proto), runtime)["a"]
+    assert ranking.order[0] == 2 or ranking.costs[0] < 1e-4
+    compensate(channels, {"a": [2]}, samples(proto), runtime)
+    assert len(channels.graph.nodes[1].inputs) == 3
+    pruned, _ = remove_and_zero(to_proto(channels.graph), {"a": [2]})
+    fresh = samples(proto, 1)[0]
+    assert relative_error(run(proto, fresh)[0], run(pruned, fresh)[0]) < 1e-3  # measured 1e-4: the ridge
+
+
+def test_errors_of_the_layers_before_are_made_up_for(runtime):
+    """The last layer reads no channel that goes, and is fitted to the original on the pruned network's input."""
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,4,?,?] y) { a = Conv(x, w1) r = Relu(a) b = Conv(r, w2) s = Relu(b)"
+        " y = Conv(s, w3) }"
+    )
+    proto = model(text, w1=normal(8, 3, 3, 3), w2=normal(12, 8, 1, 1), w3=normal(4, 12, 1, 1))
+    channels = find_channels(graph_of(proto))
+    fits = {f.name: f for f in compensate(channels, {"a": [0, 1]}, samples(proto), runtime)}
+    assert set(fits) == {"w2", "w3"} and fits["w3"].after < fits["w3"].before
+
+
+def test_a_network_without_samples_keeps_its_weights(runtime):
+    channels = find_channels(graph_of(CONV))
+    compensate(channels, {}, samples(CONV), runtime)
+    assert to_proto(channels.graph).graph.initializer == CONV.graph.initializer

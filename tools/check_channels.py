@@ -1,0 +1,101 @@
+"""Channel groups of models, how much of them can be pruned, and how exact pruning is.
+
+    python tools/check_channels.py models/*.onnx corpus/*.onnx [--groups] [--share 0.33] [--size NAME=64]
+
+Each model is cleaned up, a part of every free group is removed, and the result is held against the same graph with
+these channels at zero, on onnxruntime without its own optimizations. Exit code 1 when one of them is off by more than
+--tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnxcompress.channels.groups import MacsModel, find_channels, share
+from onnxcompress.channels.preparing import prepare
+from onnxcompress.channels.removing import remove_and_zero
+from onnxcompress.cost import count
+from onnxcompress.errors import OnnxCompressError
+from onnxcompress.model_io import StagedFile, load, read_proto, to_proto
+from onnxcompress.runtime import Runtime
+from onnxcompress.samples import check_samples
+from onnxcompress.shapes import infer_shapes
+from onnxcompress.validation.equivalence import Reference, for_runtime, run_model
+
+TINY = 1e-30  # an output below it is no output: its numbers are rounded to steps as large as themselves
+
+
+def check(path: Path, part: float, runtime: Runtime, folder: Path, *, show_groups: bool) -> tuple[float, str]:
+    """The largest relative error of a model and a line about it."""
+    started = time.monotonic()
+    graph = load(path)
+    infer_shapes(graph)
+    base = to_proto(prepare(graph, runtime))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(base)
+    cleaned = load(copy)
+    infer_shapes(cleaned)
+    channels = find_channels(cleaned)
+    if show_groups:
+        for group in channels.groups:
+            print(f"    {group.name}: {group.size} x {group.width}  {group.frozen}")
+    rng = np.random.default_rng(0)
+    removed = {
+        group.name: sorted(rng.choice(group.size, max(1, int(part * group.size)), replace=False).tolist())
+        for group in channels.groups
+        if not group.frozen and group.size > 1
+    }
+    pruned, zeroed = remove_and_zero(base, removed)
+    pruned_graph = load(pruned)
+    infer_shapes(pruned_graph)
+    before, after, told = count(cleaned).macs, count(pruned_graph).macs, MacsModel(channels).macs(removed)
+    for proto, name in ((pruned, "pruned.onnx"), (zeroed, "zeroed.onnx")):
+        with StagedFile(load(proto), folder / name) as staged:
+            staged.commit()
+    original = read_proto(path)
+    samples = list(check_samples(original, lambda feed: run_model(runtime, for_runtime(path), [feed])[0]))
+    reference = Reference(for_runtime(folder / "zeroed.onnx"), samples, runtime)
+    comparison = reference.compare(for_runtime(folder / "pruned.onnx"), allowance=False)
+    if comparison.failure is not None:
+        return float("inf"), f"{path.name}: {comparison.failure}"
+    largest = max((float(np.max(np.abs(y))) for out in reference.outputs for y in out if np.size(y)), default=0.0)
+    error = 0.0 if largest < TINY else comparison.relative
+    free = [group for group in channels.groups if not group.frozen]
+    line = (
+        f"{path.name}: {len(free)} of {len(channels.groups)} groups, {share(channels):.1%} of channels; "
+        f"MACs {before:,} -> {after:,} (model says {told:,.0f}); error {error:.1e}"
+        f"{' (outputs below 1e-30)' if largest < TINY else ''}; {time.monotonic() - started:.1f} s"
+    )
+    return error, line
+
+
+def main() -> int:
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--groups", action="store_true", help="list the groups")
+    parser.add_argument("--share", type=float, default=1 / 3, help="of each group is removed")
+    parser.add_argument("--tolerance", type=float, default=2e-5, help="of max|d| / max|y|")
+    given = parser.parse_args()
+    worst = 0.0
+    with Runtime(timeout_s=600.0) as runtime:
+        for path in given.models:
+            with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+                try:
+                    error, line = check(path, given.share, runtime, Path(folder), show_groups=given.groups)
+                except OnnxCompressError as failure:
+                    error, line = float("inf"), f"{path.name}: {failure}"
+            print(line, flush=True)
+            worst = max(worst, error)
+    return int(worst > given.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
