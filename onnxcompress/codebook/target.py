@@ -9,6 +9,10 @@ path, and K = E[x_q c'] - m_q E[c]' : the layer makes up for it as far as its in
 W_t is the ridge regression of the float output on x_q, pulled towards W instead of 0. With that bias the output error
 has mean zero, so that what is left to minimize is  tr((W_t - W_q) C (W_t - W_q)') : the covariance, not the second
 moment.
+
+The regression is what few photographs teach too well. On opennsfw at 19x with 48 fitted, the last stage (D up to 2,304,
+2,352 rows) takes the feature error to .13 on these and to .30 on others; with C and W alone to .27 and .35, with 150
+photographs fitted in that stage to .19 and .28.
 """
 
 import numpy as np
