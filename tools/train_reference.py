@@ -90,8 +90,8 @@ RECIPES = {
             weight_decay=5e-4,
         ),
         "mobilenetv2_mini": Recipe(mobilenetv2.mobilenetv2_mini, epochs=15, batch=128, weight_decay=0.02),
-        "convnext_mini": Recipe(convnext.convnext_mini, epochs=15, batch=128, clip=1.0),
-        "deit_mini": Recipe(deit.deit_mini, epochs=18, batch=128, rate=2e-3, clip=1.0),
+        "convnext_mini": Recipe(convnext.convnext_mini, epochs=30, batch=128, clip=1.0),
+        "deit_mini": Recipe(deit.deit_mini, epochs=50, batch=128, rate=2e-3, clip=1.0),
         "densenet_mini": Recipe(densenet.densenet_mini, {"stem_stride": 2}, epochs=15, batch=128, weight_decay=0.02),
     },
 }

@@ -26,11 +26,11 @@ from torch import Tensor
 from onnxcompress.graph import Graph, Node, is_constant, is_op, rank
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.batchnorm import Feeds
-from onnxcompress.train.depth.blocks import Block, locate
+from onnxcompress.train.depth.blocks import Block, find_blocks, locate, without_overlaps
 from onnxcompress.train.depth.edits import Mixer, centre, rewire
 from onnxcompress.train.depth.kinds import is_pointwise
 from onnxcompress.train.depth.preparation import copy_graph
-from onnxcompress.train.depth.steps import Step
+from onnxcompress.train.depth.steps import Step, read_branch
 from onnxcompress.train.depth.supernet import Supernet
 from onnxcompress.train.depth.training import Lambdas
 from onnxcompress.train.torch_graph import BatchNormNames, TorchGraph
@@ -88,6 +88,9 @@ def fit_blocks(
 ) -> list[BlockFit]:
     """Fit the blocks of a supernet's twin, in order of execution; all are pruned in the end.
 
+    Behind the first of them every other block of the network is fitted as well, and so is the last linear operator in
+    front of an output: they keep their form, and make up for what is missing by then.
+
     Args:
         twin: Of the supernet, with the original weights; the fitted ones are put into it.
         supernet: Its structure; every block is pruned.
@@ -95,13 +98,23 @@ def fit_blocks(
         calibration: Feeds.
         lambdas: Of the twin.
         settle: Estimates BatchNormalization of a twin anew.
+
+    Returns:
+        Of the blocks that were pruned, and of all else behind them that was fitted.
     """
     twin.eval()
     fits: list[BlockFit] = []
-    for block in supernet.blocks:
-        lambdas.prune([*(fit.name for fit in fits), block.name])
+    pruned: list[str] = []
+    for part in _parts(supernet):
+        if part.block in supernet.lambdas:
+            pruned.append(part.block)
+            lambdas.prune(pruned)
+        if not pruned:
+            continue
         settle(twin)
-        fits.append(_fit_block(twin, supernet, original, block, calibration)[0])
+        fit, _ = _fit_part(twin, part, original, calibration)
+        if part.block in supernet.lambdas or not fit.reason:
+            fits.append(fit)
     settle(twin)
     return fits
 
@@ -132,7 +145,7 @@ def fit_supernet(
         lambdas.prune([block.name])
         settle(twin)
         settled = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
-        fit, place = _fit_block(twin, supernet, original, block, calibration)
+        fit, place = _fit_part(twin, _part(supernet.original, block), original, calibration)
         fits.append(fit)
         if place is not None and not fit.reason:
             names = {place.weight, *([place.norm.scale, place.norm.bias] if place.norm else [place.bias])} - {""}
@@ -157,33 +170,84 @@ def _mix(graph: Graph, lambda_name: str, fitted: Mapping[str, Tensor]) -> None:
         rewire(readers, own, mixed)
 
 
-def _fit_block(
-    twin: TorchGraph, supernet: Supernet, original: TorchGraph, block: Block, calibration: Sequence[Feeds]
+def _fit_part(
+    twin: TorchGraph, part: _Part, original: TorchGraph, calibration: Sequence[Feeds]
 ) -> tuple[BlockFit, _Place | None]:
-    place = _place(twin, supernet, block)
+    place = _place(twin, part)
     if isinstance(place, str):
-        return BlockFit(block.name, math.nan, math.nan, place), None
+        return BlockFit(part.block, math.nan, math.nan, place), None
     with torch.no_grad():
-        return _fit(block.name, twin, original, place, calibration), place
+        return _fit(part.block, twin, original, place, calibration), place
 
 
 # -- where -------------------------------------------------------------------------------------------------------------
 
 
-def _place(twin: TorchGraph, supernet: Supernet, block: Block) -> _Place | str:
-    """Where to fit, or the reason why there is no such place."""
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A part of the original graph that ends in a linear operator.
+
+    Attributes:
+        block: Name of the block; of the tensor where it is none.
+        steps: As far back as they could be read.
+        output: Tensor in the original that is to come out.
+        add: The Add at its end, and the place of the branch among its inputs; None without a skip.
+        reason: Why it cannot be fitted.
+        capped: Whether the last kernel is kept to its centre.
+    """
+
+    block: str
+    steps: tuple[Step, ...]
+    output: str
+    add: tuple[str, int] | None = None
+    reason: str = ""
+    capped: bool = False
+
+
+def _parts(supernet: Supernet) -> list[_Part]:
+    """The blocks of a supernet, the other blocks of its original, and its outputs, in order of execution."""
+    graph, pruned = supernet.original, list(supernet.blocks)
+    inside = {name for block in pruned for name in block.nodes}
+    others = [block for block in without_overlaps(find_blocks(graph)[0]) if not inside.intersection(block.nodes)]
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    blocks = sorted(
+        [*pruned, *others], key=lambda block: max(order[name] for name in (*block.nodes, block.add) if name)
+    )
+    parts = [_part(graph, block, kept=block in others) for block in blocks]
+    for output in graph.outputs:
+        if all(part.output != output.name for part in parts):
+            parts.append(_Part(str(output.name), read_branch(graph, output, None).steps, str(output.name)))
+    return parts
+
+
+def _part(graph: Graph, block: Block, *, kept: bool = False) -> _Part:
+    if block.kind == "residual" and not kept:
+        return _Part(block.name, (), block.output, reason="nothing is left of it")
+    site = locate(graph, block)
+    if site.add is None:
+        return _Part(block.name, site.branch.steps, block.output)
+    steps, end = site.branch.steps, site.branch.output
     if block.kind == "residual":
-        return "nothing is left of it"
-    site = locate(supernet.original, block)
-    steps = site.branch.steps
+        end = next(tensor for tensor in site.add.inputs if tensor is not site.source)
+        steps = read_branch(graph, end, [site.add]).steps
+    index = next(i for i, tensor in enumerate(site.add.inputs) if tensor is end)
+    capped = block.kind == "basic-3x3" and not kept
+    return _Part(block.name, steps, block.output, (site.add.name, index), capped=capped)
+
+
+def _place(twin: TorchGraph, part: _Part) -> _Place | str:
+    """Where to fit, or the reason why there is no such place."""
+    steps = part.steps
+    if part.reason or not any(step.kind in ("conv", "matrix") for step in steps):
+        return part.reason or "no linear operator was found at its end"
     index = max(i for i, step in enumerate(steps) if step.kind in ("conv", "matrix"))
     step, after = steps[index], steps[index + 1 :]
     if any(later.kind not in ("scale", "transpose") for later in after):
         return "its last linear operator is not at its end"
     nodes = {node.name: node for node in twin.graph.nodes}
     node, last = nodes[step.nodes[0].name], nodes[steps[-1].nodes[-1].name]
-    capped = block.kind == "basic-3x3"
-    holder = nodes[f"{block.name}.cap"] if capped else node
+    capped = part.capped
+    holder = nodes[f"{part.block}.cap"] if capped else node
     weights = [tensor for tensor in holder.inputs[:2] if is_constant(tensor)]
     if len(weights) != 1 or len(weights[0].outputs) != 1 or str(weights[0].name) not in twin.state_dict():
         return "the weight of its last linear operator is no parameter of its own"
@@ -196,10 +260,9 @@ def _place(twin: TorchGraph, supernet: Supernet, block: Block) -> _Place | str:
     if names is not None and not all((names.scale, names.bias, names.mean, names.variance)):
         return "a number of the BatchNormalization behind its last linear operator is no constant"
     branch, skip = last.outputs[0], ""
-    if site.add is not None:
-        place = next(i for i, tensor in enumerate(site.add.inputs) if tensor is site.branch.output)
-        branch, other_way = nodes[block.add].inputs[place], nodes[block.add].inputs[1 - place]
-        skip = str(other_way.name)
+    if part.add is not None:
+        add, index = nodes[part.add[0]], part.add[1]
+        branch, skip = add.inputs[index], str(add.inputs[1 - index].name)
     axes: tuple[int, ...] | None = None
     for other in reversed(following):
         if other.op == "Transpose":
@@ -217,7 +280,7 @@ def _place(twin: TorchGraph, supernet: Supernet, block: Block) -> _Place | str:
         _bias(twin, node, following),
         str(branch.name),
         skip,
-        block.output,
+        part.output,
         axes,
         tuple(centre(step.conv)) if capped and step.conv is not None else None,
     )

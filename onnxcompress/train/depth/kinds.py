@@ -47,14 +47,17 @@ class Flow:
     end: Literal["own", "relu", "gelu", "none"] = "own"
 
 
+# Measured on Fashion-MNIST, fitted and trained for 170 steps, accuracy and speed-up of the whole network: MobileNetV2,
+# 7 of 8 blocks, own .875 x1.47, ReLU .876 x1.54, none .821 x1.53; ConvNeXt, 4 of 6 blocks, own .882, none .885, and
+# with all 6 x3.11 and x3.57.
 FLOWS: dict[Kind, Flow] = {
-    "inverted-residual": Flow(),
-    "convnext": Flow(),
+    "inverted-residual": Flow(end="relu"),
+    "convnext": Flow(end="none"),
     "ffn": Flow(end="none"),  # with an activation the skip could not join the matrix
     "basic": Flow(),
     "basic-3x3": Flow(),
     "bottleneck": Flow(),
-    "run": Flow(),
+    "run": Flow(end="relu"),
     "residual": Flow(end="none"),
 }
 

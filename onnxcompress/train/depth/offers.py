@@ -6,6 +6,7 @@ estimate, so a choice is measured once more as a whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -239,12 +240,15 @@ class Base:
         merged_macs: Of the original after the ordinary passes.
         latency_ms: Of the original; None when it was not asked for.
         merged_ms: Likewise, after the ordinary passes.
+        pruned_ms: Likewise, with every block pruned that saves time by itself. Blocks timed one by one may promise less
+            than they bring, or more.
     """
 
     macs: int
     merged_macs: int
     latency_ms: float | None = None
     merged_ms: float | None = None
+    pruned_ms: float | None = None
 
     def limit(self, goal: Goal) -> float:
         """Milliseconds or multiply-accumulates that a goal allows."""
@@ -261,7 +265,7 @@ class Base:
 
 
 def make_budget(goal: Goal, offers: Sequence[Offer], base: Base) -> Budget:
-    """The budget of a search.
+    """The budget of a search; what it needs is infinite where all blocks together bring nothing.
 
     Raises:
         RecipeError: More blocks are asked for than there are.
@@ -271,4 +275,9 @@ def make_budget(goal: Goal, offers: Sequence[Offer], base: Base) -> Budget:
         if goal.amount > len(offers):
             raise RecipeError(f"{goal.text} are to be pruned, and {len(offers)} are offered")
         return Budget(savings, goal.amount)
-    return Budget(savings, max(0.0, base.expected(goal.kind, 0.0) - base.limit(goal)))
+    need = max(0.0, base.expected(goal.kind, 0.0) - base.limit(goal))
+    if goal.kind == "latency" and base.pruned_ms is not None and base.merged_ms is not None:
+        brought = base.merged_ms - base.pruned_ms
+        # What the blocks save one by one, in the measure of what they save together.
+        need = need / brought * Budget(savings, 0.0).most if brought > 0 else math.inf
+    return Budget(savings, need)

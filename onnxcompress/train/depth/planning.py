@@ -14,6 +14,7 @@ from typing import Any
 
 from onnxcompress.cost import count
 from onnxcompress.errors import RecipeError
+from onnxcompress.graph import Graph
 from onnxcompress.train.checkpoint import difference
 from onnxcompress.train.depth.blocks import Block
 from onnxcompress.train.depth.costs import merge
@@ -56,7 +57,7 @@ class Planner:
                 threads=options.threads or 1,
                 say=self.given.say,
             )
-            found = offers, self._base(timed)
+            found = offers, self._base(offers, timed)
             plain = {"identity": identity, "base": dataclasses.asdict(found[1]), "offers": [_stored(o) for o in offers]}
             write_whole(path, json.dumps(plain, indent=1))
         return self._offered(found[0]), found[1]
@@ -74,14 +75,16 @@ class Planner:
             raise BudgetError(f"{goal.text}: none of {len(offers)} blocks needs less {goal.kind} when it is pruned")
         return offered
 
-    def _base(self, timed: bool) -> Base:
+    def _base(self, offers: Sequence[Offer], timed: bool) -> Base:
         merged = merge(self.given.graph, runtime=self.given.runtime)
         base = Base(self.given.figures.macs, count(merged).macs)
         if not timed:
             return base
         with self.given.staged(merged) as path:
             latency = self.given.latency(path)
-        return replace(base, latency_ms=latency.original_ms, merged_ms=latency.original_ms / latency.ratio)
+        base = replace(base, latency_ms=latency.original_ms, merged_ms=latency.original_ms / latency.ratio)
+        saving = [offer.block for offer in offers if offer.saving("latency") > 0]
+        return replace(base, pruned_ms=self._latency(saving, latency.original_ms)) if saving else base
 
     def budget(self, offers: Sequence[Offer], base: Base) -> Budget:
         """The budget of the search.
@@ -96,7 +99,7 @@ class Planner:
         if goal.kind != "blocks" and budget.need <= 0:
             raise RecipeError(f"{goal.text} is reached without pruning: onnxcompress optimize does it")
         if not budget.is_enough(budget.most):
-            self.nearest(offers, base)  # raises unless the sum over blocks was too pessimistic
+            self.nearest(offers, base)  # raises, unless a second measurement says otherwise
             budget = replace(budget, need=budget.most)
         return budget
 
@@ -119,18 +122,21 @@ class Planner:
 
     def measured(self, blocks: Sequence[Block], goal: Goal) -> float:
         """Latency or MACs of the whole network with these blocks pruned and merged."""
-        flows = self.given.options.flows
-        merged = merge(
-            build_pruned(self.given.graph, blocks, [b.name for b in blocks], flows=flows), runtime=self.given.runtime
-        )
         if goal.kind == "macs":
-            return float(count(merged).macs)
-        with self.given.staged(merged) as path:
-            latency = self.given.latency(path)
+            return float(count(self._merged(blocks)).macs)
         # In units of the original's latency as it was measured for the plan: the machine may be slower now.
         plan = _read_plan_base(self.given.folder / "plan.json")
-        original = latency.original_ms if plan is None or plan.latency_ms is None else plan.latency_ms
-        return original / latency.ratio
+        return self._latency(blocks, None if plan is None else plan.latency_ms)
+
+    def _merged(self, blocks: Sequence[Block]) -> Graph:
+        names = [block.name for block in blocks]
+        pruned = build_pruned(self.given.graph, blocks, names, flows=self.given.options.flows)
+        return merge(pruned, runtime=self.given.runtime)
+
+    def _latency(self, blocks: Sequence[Block], original_ms: float | None) -> float:
+        with self.given.staged(self._merged(blocks)) as path:
+            latency = self.given.latency(path)
+        return (latency.original_ms if original_ms is None else original_ms) / latency.ratio
 
     def expected_seconds(self, offers: Sequence[Offer], candidates: int) -> dict[str, float]:
         """From the time of a step and of a score."""

@@ -29,7 +29,7 @@ FOLDER = Path(models.__file__).parent
 CASES = {
     "inverted-residual": ("mobilenetv2_mini", "basic-3x3", 0.398, 0.843),
     "run": ("mobilenetv2_mini", "basic-3x3", 0.755, 0.928),
-    "convnext": ("convnext_mini", "basic-3x3", 0.343, 0.643),
+    "convnext": ("convnext_mini", "basic-3x3", 0.453, 0.743),
     "ffn": ("deit_mini", "basic-3x3", 0.143, 0.910),
     "basic": ("resnet20", "basic", 0.850, 0.975),
     "basic-3x3": ("resnet20", "basic-3x3", 0.125, 0.675),
@@ -116,7 +116,7 @@ def test_a_fit_is_the_best_there_is_and_says_how_good(kind, calibration):
 
     fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=lambda twin: None)
     # Statistics were settled before the fit alone, so that the error is that of the numbers that were fitted.
-    (fit,) = fits
+    fit = fits[0]
     assert not fit.reason and fit.name == block.name
     after, _ = squared_error(twin, supernet, block, calibration)
     assert names == [name for name, _ in twin.named_parameters()]
@@ -144,7 +144,9 @@ def test_fitted_networks_are_better_than_settled_ones(kind, calibration):
     settled = accuracy(twin)
     twin, lambdas = pruned_twin(supernet)
     fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=settling(calibration))
-    assert [fit.name for fit in fits] == [block.name for block in supernet.blocks]
+    names = [block.name for block in supernet.blocks]
+    assert [fit.name for fit in fits if fit.name in names] == names and not any(fit.reason for fit in fits)
+    assert fits[-1].name == "logits"
     expected, with_fits = CASES[kind][2:]
     assert settled == pytest.approx(expected, abs=0.05)
     assert accuracy(twin) > (expected + with_fits) / 2
@@ -172,15 +174,15 @@ def test_a_fitted_supernet_is_the_original_at_0_and_fitted_at_1(calibration):
         mixed, fits = fit_supernet(supernet, original, calibration, settle=settling(calibration))
         assert not any(fit.reason for fit in fits)
         both, lambdas = pruned_twin(mixed)
-        feed = calibration[0]
+        feed, end = calibration[0], supernet.blocks[0].output
         with torch.no_grad():
             expected = original(feed)["logits"]
             assert (both(feed)["logits"] - expected).abs().max() / expected.abs().max() < 1e-5  # measured 5e-7
-            twin, one = pruned_twin(supernet)
-            fit_blocks(twin, supernet, original, calibration, lambdas=one, settle=settling(calibration))
+            twin, ones = pruned_twin(supernet)
+            fit_blocks(twin, supernet, original, calibration, lambdas=ones, settle=settling(calibration))
             lambdas.set_all(1.0)
             settle_statistics(both, calibration)
-            wanted, found = twin(feed)["logits"], both(feed)["logits"]
+            wanted, found = (one(feed, [end])[end] for one in (twin, both))
         assert (found - wanted).abs().max() / wanted.abs().max() < 1e-4  # measured 2e-6
 
 
@@ -220,7 +222,9 @@ def test_a_deleted_block_has_nothing_to_fit(calibration):
     block = next(block for block in find_blocks(graph)[0] if block.deletable)
     supernet = build_supernet(graph, [replace(block, kind="residual")])
     twin, lambdas = pruned_twin(supernet)
-    (fit,) = fit_blocks(
+    first, *others = fit_blocks(
         twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=settling(calibration)
     )
-    assert fit.reason == "nothing is left of it" and lambdas.values == {block.name: 1.0}
+    assert first.reason == "nothing is left of it" and lambdas.values == {block.name: 1.0}
+    # What follows makes up for it: blocks that stay as they are, and the classifier.
+    assert len(others) == 9 and all(fit.after < fit.before and not fit.reason for fit in others)

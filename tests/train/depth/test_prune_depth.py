@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,9 @@ def test_the_result_has_the_same_interface_and_learned_something(pruned):
     assert [(v.name, str(v.type)) for v in before.graph.output] == [(v.name, str(v.type)) for v in after.graph.output]
     assert before.opset_import == after.opset_import and before.ir_version == after.ir_version
     assert result.before > 0.96
-    assert [fit.name for fit in result.fits] == result.pruned and not any(fit.reason for fit in result.fits)
-    assert all(fit.after < 0.7 * fit.before for fit in result.fits)  # measured 0.18 to 0.44 of it
+    fits = {fit.name: fit for fit in result.fits}
+    assert set(result.pruned) < set(fits) and not any(fit.reason for fit in result.fits)
+    assert all(fits[name].after < 0.7 * fits[name].before for name in result.pruned)  # measured 0.18 to 0.44 of it
     assert 0.9 < result.found.score <= result.after + 0.02  # measured 0.957 in the supernet, 0.963 trained
 
 
@@ -224,6 +226,16 @@ def test_a_block_that_would_be_slower_is_not_offered_for_latency():
     budget = make_budget(Goal("latency", 0.9, True), timed, Base(370608, 370608, 0.2, 0.2))
     assert budget.savings[1] == 0 and budget.need == pytest.approx(0.02)
     assert all(bits[1] == "0" for bits in budget.candidates())
+
+
+def test_blocks_that_bring_more_together_than_one_by_one_are_not_all_pruned():
+    offers, _ = list_blocks(DEIT, replace(OPTIONS, goal=None, stages=("train",)), timed=False)
+    timed = [replace(offer, latency_ms=(0.02, 0.01)) for offer in offers if not offer.is_deletion]
+    goal = Goal("latency", 0.7, True)  # of 0.2 ms: 0.06 to be saved, where four blocks say 0.04
+    assert make_budget(goal, timed, Base(370608, 370608, 0.2, 0.2)).need == pytest.approx(0.06)
+    budget = make_budget(goal, timed, Base(370608, 370608, 0.2, 0.2, pruned_ms=0.08))  # and bring 0.12
+    assert budget.need == pytest.approx(0.02) and {bits.count("1") for bits in budget.candidates()} == {2}
+    assert make_budget(goal, timed, Base(370608, 370608, 0.2, 0.2, pruned_ms=0.21)).need == math.inf
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ CASES = [
     ("mobilenetv2", "basic-3x3", {"inverted-residual": Flow("batchnorm", "none")}),
     ("mobilenetv2", "basic-3x3", {"inverted-residual": Flow("nothing", "relu")}),
     ("convnext", "basic-3x3", {}),
+    ("convnext", "basic-3x3", {"convnext": Flow(end="own")}),
     ("convnext", "basic-3x3", {"convnext": Flow("batchnorm", "relu")}),
     ("convnext", "basic-3x3", {"convnext": Flow("nothing", "gelu")}),
     ("deit", "basic-3x3", {}),
@@ -140,7 +141,7 @@ def test_supernet_is_the_original_at_0_and_the_pruned_graph_at_1(networks, runti
     at_one = outputs(supernet.at(dict.fromkeys(names, 1.0)), feeds)
     expected = outputs(pruned, feeds)
     assert worst(at_one, expected) <= 1e-6  # measured 0.0
-    assert worst(reference, expected) > 0.05  # it is another function
+    assert worst(reference, expected) > 5e-4  # it is another function: measured 1.1e-3 and more
     merged = merge(pruned, runtime=runtime)
     assert worst(expected, outputs(merged, feeds)) <= 1e-5  # measured 2.3e-7
     forced = merge(pruned, cost=FewestOperators(), runtime=runtime)
@@ -179,8 +180,8 @@ def test_padding_does_not_move_into_the_mean_of_a_group_norm(networks):
 @pytest.mark.parametrize(
     ("name", "prefer", "cost", "operators"),
     [
-        ("mobilenetv2", "basic", None, ["Conv", "Clip"]),
-        ("convnext", "basic", None, ["Conv", "Conv", "Add", "Div", "Erf", "Add", "Mul", "Mul"]),
+        ("mobilenetv2", "basic", None, ["Conv", "Relu"]),
+        ("convnext", "basic", None, ["Conv", "Conv", "Add"]),
         ("deit", "basic", None, ["MatMul", "Add"]),
         ("basic", "basic", FewestOperators(), ["Conv"]),  # ReLU follows and is no part of it
         ("basic", "basic-3x3", None, ["Conv"]),
@@ -213,10 +214,19 @@ def test_neighbouring_ffns_become_one_matrix(networks, runtime):
     assert Counter(node.op for node in merge(pruned, runtime=runtime).nodes)["MatMul"] == 1
 
 
-def test_run_ends_in_the_activation_that_it_had(networks, runtime):
+@pytest.mark.parametrize(("end", "operator"), [("own", "Clip"), ("relu", "Relu")])
+def test_run_ends_in_the_activation_that_is_wanted(networks, runtime, end, operator):
     _, graph = networks("mobilenetv2")
     (block,) = [b for b in find_blocks(graph)[0] if b.kind == "run"]
-    assert list(block_costs(graph, block, runtime=runtime, budget_s=0.02).operators) == ["Conv", "Clip"]
+    cost = block_costs(graph, block, runtime=runtime, budget_s=0.02, flows={"run": Flow(end=end)})
+    assert list(cost.operators) == ["Conv", operator]
+
+
+def test_convnext_block_may_end_in_its_own_activation(networks, runtime):
+    _, graph = networks("convnext")
+    block = next(b for b in find_blocks(graph)[0] if b.kind == "convnext")
+    cost = block_costs(graph, block, runtime=runtime, flows={"convnext": Flow(end="own")})
+    assert list(cost.operators) == ["Conv", "Conv", "Add", "Div", "Erf", "Add", "Mul", "Mul"]
 
 
 # -- training --------------------------------------------------------------------------------------------------------
