@@ -9,6 +9,7 @@ head or a group of a convolution. A *group* holds the channels that stand in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from onnxcompress.channels.labels import Line, varied
 from onnxcompress.channels.resolving import Atoms, resolve
 from onnxcompress.channels.rules import RULES
 from onnxcompress.channels.trace import Binding, Keeping, Repair, Trace, Work, name_of, walk
-from onnxcompress.cost import node_macs
+from onnxcompress.cost import count, node_macs
 from onnxcompress.graph import Graph, Node
 
 Removed = Mapping[str, Sequence[int]]
@@ -145,6 +146,11 @@ class Channels:
     def keeping(self, removed: Removed) -> Keeping:
         """What stays; also asked with labels that are not roots."""
         by_root = self.removed_labels(removed)
+        for array in self._atoms.arrays:
+            kept = ~by_root[array]
+            sides = [kept.any(axis=tuple(a for a in range(kept.ndim) if a != axis)).sum() for axis in range(kept.ndim)]
+            if not kept.any() or math.prod(sides) != kept.sum():
+                raise ValueError(f"what would be left of a tensor of {array.shape} is no tensor: remove less")
         everything = self.space.roots(np.arange(len(self.space)))
         return Keeping(by_root[everything] if len(everything) else by_root)
 
@@ -215,8 +221,8 @@ def _numbered(groups: list[Group]) -> list[Group]:
     seen: dict[str, int] = {}
     result = []
     for group in groups:
-        count = seen[group.name] = seen.get(group.name, 0) + 1
-        name = group.name if count == 1 else f"{group.name}#{count}"
+        number = seen[group.name] = seen.get(group.name, 0) + 1
+        name = group.name if number == 1 else f"{group.name}#{number}"
         result.append(Group(name, group.atoms, group.width, group.producers, group.consumers, group.frozen))
     return result
 
@@ -240,13 +246,13 @@ class MacsModel:
         self._nodes: list[tuple[float, tuple[np.ndarray, ...]]] = []
         self._near: dict[str, list[int]] = {}
         known = {work.node: work for work in channels.works}
-        self._fixed = 0.0
+        self._fixed = float(count(channels.graph).macs)  # nested graphs included
         by_atom: dict[int, set[int]] = {}
         for node in channels.graph.nodes:
             macs = float(node_macs(node)[0])
             if node not in known or not macs:
-                self._fixed += macs
                 continue
+            self._fixed -= macs
             factors = tuple(channels.atoms_of_labels(labels) for labels in known[node].factors)
             for atom in {atom for factor in factors for atom in np.unique(factor).tolist()}:
                 by_atom.setdefault(atom, set()).add(len(self._nodes))

@@ -32,9 +32,9 @@ def prepare(graph: Graph, runtime: Runtime) -> Graph:
     pipeline.run(copied, selected, settings)
     _part(copied)
     seen: set[str] = set()
-    for node in copied.nodes:
-        if not node.name or node.name in seen:
-            node.name = copied.scope.fresh(node.name or node.outputs[0].name or node.op)
+    for node in copied.nodes:  # what a node makes names it; names of nodes and of tensors may be equal
+        name = node.name or node.outputs[0].name or node.op
+        node.name = copied.scope.fresh(name) if name in seen else name
         seen.add(node.name)
     infer_shapes(copied)
     return copied

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 
 from onnxcompress.channels.allocation import Allocation, BudgetError, Limits, allocate
+from onnxcompress.channels.checking import compare_with_zeroed
 from onnxcompress.channels.compensation import Fit, compensate, rank_by_data
 from onnxcompress.channels.groups import Channels, Group, MacsModel, find_channels, share
 from onnxcompress.channels.options import DEFAULT_LIMIT, WidthOptions
@@ -42,7 +43,7 @@ from onnxcompress.optimizer import OptimizeOptions, check_target, optimize
 from onnxcompress.runtime import RunOptions, Runtime
 from onnxcompress.samples import check_samples
 from onnxcompress.shapes import infer_shapes
-from onnxcompress.validation.equivalence import Reference, for_runtime, run_model
+from onnxcompress.validation.equivalence import for_runtime, run_model
 from onnxcompress.validation.judge import input_specs
 from onnxcompress.validation.signature import interface_differences
 
@@ -349,15 +350,17 @@ class _Job:
         """Stage the pruned graph, and hold it against the zeroed one."""
         self.say("checking on onnxruntime")
         pruned, zeroed = remove_and_zero(base, removed)
-        for proto, name in ((pruned, "pruned.onnx"), (zeroed, "zeroed.onnx")):
-            with StagedFile(load(proto), self.work / name) as staged:
-                staged.commit()
+        with StagedFile(load(pruned), self.work / "pruned.onnx") as staged:
+            staged.commit()
         given_feeds = list(feeds[:COMPARED]) or list(self._made_up())
-        reference = Reference(
-            for_runtime(self.work / "zeroed.onnx"), given_feeds, self.runtime, options=self.run_options
-        )
-        comparison = reference.compare(
-            for_runtime(self.work / "pruned.onnx"), tolerance=CONTRACT_TOLERANCE, options=self.run_options
+        comparison = compare_with_zeroed(
+            pruned,
+            zeroed,
+            given_feeds,
+            self.runtime,
+            self.work,
+            tolerance=CONTRACT_TOLERANCE,
+            options=self.run_options,
         )
         if not comparison.equivalent:
             raise EquivalenceError(f"without its channels the graph is another than with zeros: {comparison.message()}")

@@ -49,6 +49,9 @@ class _Resolver:
         self._match_grids()
         for a, b in self.space.links:
             self._link(a, b)
+        for atoms in itertools.chain.from_iterable(self.slices):
+            if len({self.atoms.find(atom) for atom in atoms.tolist()}) == 1:
+                self._freeze(atoms.tolist(), "nothing would be left along its axis")
         for labels, reason in self.space.frozen_labels:
             for label in np.unique(self.space.roots(labels)).tolist():
                 self._freeze(self._of(label), reason)
