@@ -27,7 +27,7 @@ from onnxcompress.codebook.codebook import Statistics
 from onnxcompress.codebook.damage import DamageMeter
 from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.statistics import Calibration
-from onnxcompress.graph import Graph, Node
+from onnxcompress.graph import Constant, Graph, Node
 from onnxcompress.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -378,19 +378,24 @@ def _solve(
 
 def _write(graph: Graph, layer: Layer, matrix: np.ndarray, bias: np.ndarray | None) -> None:
     """Put new numbers where the layer's nodes read them."""
+    made: list[Constant] = []
     for use in layer.uses:
-        values = use.view.from_matrix(matrix).astype(use.origin.dtype)
-        _set_input(graph, use.node, use.slot, values, use.origin.root.name)
+        values = np.ascontiguousarray(use.view.from_matrix(matrix).astype(use.origin.dtype))
+        # One tensor for all readers: what shares a weight loses the same channels.
+        shared = next((c for c in made if c.values.dtype == values.dtype and np.array_equal(c.values, values)), None)
+        fresh = shared or graph.new_constant(use.origin.root.name, values)
+        made.append(fresh)
+        _set_input(graph, use.node, use.slot, fresh)
     place = layer.uses[0].bias
     if bias is None or place is None:
         return
     dtype = layer.uses[0].origin.dtype if place.origin is None else place.origin.dtype
     name = f"{layer.name}_bias" if place.origin is None else place.origin.root.name
-    _set_input(graph, place.node, place.slot, place.with_part(bias).astype(dtype), name)
+    fresh = graph.new_constant(name, np.ascontiguousarray(place.with_part(bias).astype(dtype)))
+    _set_input(graph, place.node, place.slot, fresh)
 
 
-def _set_input(graph: Graph, node: Node, slot: int, values: np.ndarray, name: str) -> None:
-    fresh = graph.new_constant(name, np.ascontiguousarray(values))
+def _set_input(graph: Graph, node: Node, slot: int, fresh: Constant) -> None:
     inputs = list(node.inputs)
     if slot == len(inputs):
         inputs.append(fresh)

@@ -21,7 +21,7 @@ from onnxcompress.channels.resolving import Atoms, resolve
 from onnxcompress.channels.rules import RULES
 from onnxcompress.channels.trace import Binding, Keeping, Repair, Trace, Work, name_of, walk
 from onnxcompress.cost import count, node_macs
-from onnxcompress.graph import Graph, Node
+from onnxcompress.graph import Graph
 
 Removed = Mapping[str, Sequence[int]]
 
@@ -69,11 +69,9 @@ class Channels:
         self.graph = trace.graph
         self.space = trace.space
         self._atoms = atoms
-        self._makers = trace.makers
         roots = trace.space.roots
         self.bindings = [
-            Binding(b.node, b.slot, b.axis, Line(roots(b.line.labels), b.line.axis), b.role, b.repeat)
-            for b in trace.bindings
+            Binding(b.node, b.slot, b.axis, Line(roots(b.line.labels), b.line.axis), b.role) for b in trace.bindings
         ]
         self.repairs: list[Repair] = trace.repairs
         self.offsets = trace.offsets
@@ -277,11 +275,6 @@ class MacsModel:
         for factor in factors:
             macs *= 1 - float(np.count_nonzero(gone[factor].any(axis=1))) / len(factor)
         return macs
-
-
-def node_of(graph: Graph, name: str) -> Node | None:
-    """A node by the name that groups give it."""
-    return next((node for node in graph.nodes if name_of(node) == name), None)
 
 
 def share(channels: Channels) -> float:

@@ -36,7 +36,7 @@ def _convolution(trace: Trace, node: Node, *, transposed: bool) -> None:
     outputs = int(shape[1]) * group if transposed else int(shape[0])
     inputs = int(shape[0]) if transposed else int(shape[1]) * group
     rank = len(shape)
-    made = trace.new(node, outputs, 1, rank)
+    made = trace.new(outputs, 1, rank)
     line = trace.channel_line(x, 1)
     if trace.of(x) is not None and (line is None or line.size != inputs):
         trace.freeze(x, node, "its channels are not on axis 1 alone")
@@ -110,7 +110,7 @@ def gemm(trace: Trace, node: Node) -> None:
     if passing is not None:  # rows of A go; C may have rows of its own, so that is left alone
         trace.freeze(x, node, "its rows have channels")
         return
-    made = trace.new(node, out_size, 1, 2)
+    made = trace.new(out_size, 1, 2)
     out = Line(made, 1)
     if line is not None:
         trace.bind(node, 1, axes[0], line, "input")
@@ -166,7 +166,7 @@ def matmul(trace: Trace, node: Node) -> None:
         trace.set(node.outputs[0], passing, 0.0 if trace.rest(x) == 0 else UNKNOWN)
         trace.work(node, passing)
         return
-    made = trace.new(node, int(weight.shape[made_axis]), inner, rank)
+    made = trace.new(int(weight.shape[made_axis]), inner, rank)
     if line is not None:
         trace.bind(node, weight_slot, summed, line, "input")
     trace.bind(node, weight_slot, made_axis, Line(made, inner), "weight")
@@ -247,7 +247,7 @@ def gather_table(trace: Trace, node: Node) -> bool:
     if not is_constant(table) or is_constant(indices) or len(table.shape) != 2 or int(node.attrs.get("axis", 0)) != 0:
         return False
     rank = len(node.outputs[0].shape)
-    made = trace.new(node, int(table.shape[1]), rank - 1, rank)
+    made = trace.new(int(table.shape[1]), rank - 1, rank)
     trace.bind(node, 0, 1, Line(made, rank - 1), "weight")
     trace.set(node.outputs[0], made, 0.0)
     return True

@@ -32,7 +32,7 @@ def remove_channels(channels: Channels, removed: Removed) -> None:
     graph = channels.graph
     cuts: dict[Tensor, dict[int, np.ndarray]] = {}
     for binding in channels.bindings:
-        mask = np.repeat(keeping.mask(binding.line), binding.repeat)
+        mask = keeping.mask(binding.line)
         if not mask.all():
             cuts.setdefault(binding.tensor, {})[binding.axis] = mask
     for repair in channels.repairs:
@@ -57,7 +57,7 @@ def zero_channels(channels: Channels, removed: Removed) -> None:
     keeping = channels.keeping(removed)
     zeros: dict[Tensor, list[tuple[Binding, np.ndarray]]] = {}
     for binding in channels.bindings:
-        mask = np.repeat(keeping.mask(binding.line), binding.repeat)
+        mask = keeping.mask(binding.line)
         if binding.role in ZEROED and not mask.all():
             zeros.setdefault(binding.tensor, []).append((binding, mask))
     for tensor, found in zeros.items():

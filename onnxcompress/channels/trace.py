@@ -45,7 +45,6 @@ class Binding:
         axis: Of the constant.
         line: One axis of a labelling.
         role: What the constant is to the channels.
-        repeat: So many neighbouring indices of the axis stand for one slice.
     """
 
     node: Node
@@ -53,7 +52,6 @@ class Binding:
     axis: int
     line: Line
     role: Role
-    repeat: int = 1
 
     @property
     def tensor(self) -> Tensor:
@@ -127,7 +125,6 @@ class Trace:
     offsets: list[Offset] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     contracted: list[Line] = field(default_factory=list)
-    makers: dict[int, str] = field(default_factory=dict)  # first label of a new run, and the node that made it
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
@@ -158,11 +155,9 @@ class Trace:
             self.space.arrays.append(labels)
             self.rests[tensor] = rest
 
-    def new(self, node: Node, size: int, axis: int, rank_: int) -> np.ndarray:
-        """New labels along one axis: the channels that ``node`` makes."""
-        made = self.space.new(size)
-        self.makers[int(made[0])] = name_of(node)
-        return on_axis(made, axis, rank_)
+    def new(self, size: int, axis: int, rank_: int) -> np.ndarray:
+        """New labels along one axis."""
+        return on_axis(self.space.new(size), axis, rank_)
 
     def freeze(self, tensor: Tensor | None, node: Node | None, why: str) -> None:
         """None of a tensor's channels may be removed."""
@@ -173,10 +168,10 @@ class Trace:
         if labels is not None and axis in varied(labels):
             self.space.freeze_line(Line(labels, axis), reason_text(node, why))
 
-    def bind(self, node: Node, slot: int, axis: int, line: Line, role: Role, repeat: int = 1) -> None:
+    def bind(self, node: Node, slot: int, axis: int, line: Line, role: Role) -> None:
         """Let an axis of a constant go with a line."""
         axis %= len(node.inputs[slot].shape)
-        self.bindings.append(Binding(node, slot, axis, line, role, repeat))
+        self.bindings.append(Binding(node, slot, axis, line, role))
 
     def bind_constant(self, node: Node, slot: int, labels: np.ndarray, rank_: int, role: Role) -> None:
         """Bind a constant that is broadcast to a tensor with these labels, wherever it is not itself 1 there."""
@@ -263,7 +258,7 @@ def _check_constants(trace: Trace) -> None:
             why = f"reads {tensor.name!r} too, where channels cannot be removed"
             trace.space.freeze_line(first.line, reason_text(node, why))
         for other in found[1:]:
-            if other.line.size == first.line.size and other.repeat == first.repeat:
+            if other.line.size == first.line.size:
                 trace.space.link(first.line, other.line)
             else:
                 trace.space.freeze_line(first.line, reason_text(other.node, f"shares {tensor.name!r} in another way"))
