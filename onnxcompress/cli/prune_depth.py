@@ -41,6 +41,9 @@ STAGES = "supernet,search,train"
     "--delete", multiple=True, metavar="GLOB", help="Delete the blocks of these names or kinds, not merge them."
 )
 @click.option(
+    "--deletions/--no-deletions", default=True, help="Whether a search for latency or MACs may delete blocks (default)."
+)
+@click.option(
     "--activation",
     type=click.Choice(["nothing", "batchnorm"]),
     default="nothing",
@@ -58,6 +61,13 @@ STAGES = "supernet,search,train"
 @click.option("--generations", type=click.IntRange(min=0), default=10, show_default=True, help="Of ga.")
 @click.option("--mutation", type=Number(0, 1), default=0.1, show_default=True, help="Of ga, for each bit.")
 @click.option("--crossover", type=Number(0, 1), default=0.5, show_default=True, help="Of ga.")
+@click.option(
+    "--shortlist",
+    type=POSITIVE,
+    default=8,
+    show_default=True,
+    help="Subnets that are fitted whole and judged again.",
+)
 @click.option("--evaluations", type=POSITIVE, help="Of random [default: as many as ga].")
 @click.option(
     "--calibration", type=click.IntRange(min=2), default=256, show_default=True, help="Samples for statistics."
@@ -210,7 +220,7 @@ def _options(wishes: dict[str, Any]) -> Any:
         data=wishes["data"] or "",
         val=wishes["val"] or "",
         **take("only", "skip", "delete", "activation", "teacher", "calibration", "jobs", "dask"),
-        **take("supernet", "supernet_epochs", "start"),
+        **take("supernet", "supernet_epochs", "start", "deletions", "shortlist"),
         **take("augment", "preprocess", "limit", "tolerance", "threads", "checkpoint", "resume"),
         goal=goal,
         stages=stages,

@@ -24,7 +24,7 @@ from onnxcompress.train.batches import Augment, Batches
 from onnxcompress.train.batchnorm import Feeds
 from onnxcompress.train.checkpoint import digest
 from onnxcompress.train.depth.blocks import Block
-from onnxcompress.train.depth.offers import choose_blocks
+from onnxcompress.train.depth.offers import choose_blocks, with_deletions
 from onnxcompress.train.depth.options import DepthOptions
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.scoring import Judge, SubnetScorer
@@ -98,6 +98,8 @@ class Given:
         self.blocks, self.refusals = choose_blocks(
             self.graph, named_runs=options.named_runs, only=options.only, skip=options.skip, delete=options.delete
         )
+        if options.offers_deletions:
+            self.blocks = with_deletions(self.blocks)
         self.say("reading the data")
         training, validation = self._dataset(options.data), self._dataset(options.val)
         self.batches = Batches(

@@ -177,6 +177,26 @@ def choose_blocks(
     return blocks, refusals
 
 
+def with_deletions(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks, and behind each that can be deleted the same to be deleted: a search takes one of the two."""
+    found = []
+    for block in blocks:
+        found.append(block)
+        if block.deletable and block.kind != "residual":
+            found.append(replace(block, kind="residual", name=f"{block.add}/delete"))
+    return found
+
+
+def largest(offers: Sequence[Offer], kind: GoalKind) -> list[Block]:
+    """Of each place the block that saves most, where one saves anything."""
+    best: dict[str, Offer] = {}
+    for offer in offers:
+        place = offer.block.add or offer.name
+        if offer.saving(kind) > (best[place].saving(kind) if place in best else 0.0):
+            best[place] = offer
+    return [offer.block for offer in best.values()]
+
+
 def measure_offers(
     graph: Graph,
     blocks: Sequence[Block],
@@ -271,13 +291,15 @@ def make_budget(goal: Goal, offers: Sequence[Offer], base: Base) -> Budget:
         RecipeError: More blocks are asked for than there are.
     """
     savings = tuple(offer.saving(goal.kind) for offer in offers)
+    names = [offer.block.add or offer.name for offer in offers]
+    places = None if len(set(names)) == len(names) else tuple(map(names.index, names))
     if goal.kind == "blocks":
         if goal.amount > len(offers):
             raise RecipeError(f"{goal.text} are to be pruned, and {len(offers)} are offered")
-        return Budget(savings, goal.amount)
+        return Budget(savings, goal.amount, places)
     need = max(0.0, base.expected(goal.kind, 0.0) - base.limit(goal))
     if goal.kind == "latency" and base.pruned_ms is not None and base.merged_ms is not None:
         brought = base.merged_ms - base.pruned_ms
         # What the blocks save one by one, in the measure of what they save together.
-        need = need / brought * Budget(savings, 0.0).most if brought > 0 else math.inf
-    return Budget(savings, need)
+        need = need / brought * Budget(savings, 0.0, places).most if brought > 0 else math.inf
+    return Budget(savings, need, places)

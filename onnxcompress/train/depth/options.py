@@ -40,6 +40,7 @@ class DepthOptions:
         only: Patterns of the names or kinds of the only blocks to offer.
         skip: Patterns of those not to offer.
         delete: Patterns of those to delete and not to merge.
+        deletions: Whether a search for latency or MACs may delete a block as well as merge it; with a fitted supernet.
         activation: What inner activations become: "nothing", or "batchnorm".
         teacher: The model to distil from; the original when None.
         wishes: What to learn from; the original's outputs where there are no labels.
@@ -51,6 +52,7 @@ class DepthOptions:
             to what the blocks gave; or "original", the weights as they are.
         ramp: How the chosen blocks fade from the original weights; None for the usual one.
         search: How to look for them.
+        shortlist: So many of the best subnets of a fitted supernet are fitted as a whole, and judged again.
         calibration: Samples that BatchNormalization is estimated from.
         jobs: Processes for the search; None for one a processor.
         dask: Address of a Dask scheduler instead.
@@ -71,6 +73,7 @@ class DepthOptions:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     delete: tuple[str, ...] = ()
+    deletions: bool = True
     activation: str = "nothing"
     teacher: Path | None = None
     wishes: Wishes = field(default_factory=Wishes)
@@ -80,6 +83,7 @@ class DepthOptions:
     start: str = "fitted"
     ramp: Ramp | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
+    shortlist: int = 8
     calibration: int = 256
     jobs: int | None = None
     dask: str | None = None
@@ -114,8 +118,16 @@ class DepthOptions:
             )
         if not 0 < self.supernet_epochs < math.inf:
             raise RecipeError(f"supernet epochs {self.supernet_epochs:g}: expected more than 0")
+        if self.shortlist < 1:
+            raise RecipeError(f"shortlist {self.shortlist}: expected at least 1")
         if self.calibration < 2:
             raise RecipeError(f"calibration {self.calibration}: expected at least 2 samples")
+
+    @property
+    def offers_deletions(self) -> bool:
+        """Whether a merge and a deletion compete for a place."""
+        has_use = self.goal is not None and self.goal.kind != "blocks"
+        return self.deletions and has_use and "supernet" in self.stages and self.supernet == "fitted"
 
     @property
     def fading(self) -> Ramp:

@@ -19,7 +19,7 @@ from onnxcompress.train.checkpoint import difference
 from onnxcompress.train.depth.blocks import Block
 from onnxcompress.train.depth.costs import merge
 from onnxcompress.train.depth.given import Given, file_digest
-from onnxcompress.train.depth.offers import Base, BudgetError, Goal, Offer, make_budget, measure_offers
+from onnxcompress.train.depth.offers import Base, BudgetError, Goal, Offer, largest, make_budget, measure_offers
 from onnxcompress.train.depth.search import Budget, write_whole
 from onnxcompress.train.depth.supernet import build_pruned
 from onnxcompress.train.depth.training import Lambdas, Sandwich
@@ -83,7 +83,7 @@ class Planner:
         with self.given.staged(merged) as path:
             latency = self.given.latency(path)
         base = replace(base, latency_ms=latency.original_ms, merged_ms=latency.original_ms / latency.ratio)
-        saving = [offer.block for offer in offers if offer.saving("latency") > 0]
+        saving = largest(offers, "latency")
         return replace(base, pruned_ms=self._latency(saving, latency.original_ms)) if saving else base
 
     def budget(self, offers: Sequence[Offer], base: Base) -> Budget:
@@ -111,12 +111,12 @@ class Planner:
         """
         goal = self.given.options.goal
         assert goal is not None
-        everything = [offer.block for offer in offers]
+        everything = [offer.block for offer in offers] if goal.kind == "blocks" else largest(offers, goal.kind)
         reached = self.measured(everything, goal)
         limit = base.limit(goal)
         if reached > limit:
             raise BudgetError(
-                f"{goal.text} is out of reach: with all {len(offers)} offered blocks pruned, {goal.kind} is "
+                f"{goal.text} is out of reach: with all {len(everything)} offered blocks pruned, {goal.kind} is "
                 f"{amount_text(goal, reached, base)}, allowed {amount_text(goal, limit, base)}"
             )
 

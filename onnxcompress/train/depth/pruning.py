@@ -17,7 +17,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +36,8 @@ from onnxcompress.train.depth.offers import Base, BudgetError, GoalKind, Offer, 
 from onnxcompress.train.depth.options import DepthOptions, DepthPlan, DepthResult
 from onnxcompress.train.depth.planning import Planner, amount_text
 from onnxcompress.train.depth.preparation import prepare
-from onnxcompress.train.depth.scoring import SubnetScorer
-from onnxcompress.train.depth.search import Budget, ScoreCache, SearchResult, search
+from onnxcompress.train.depth.scoring import Judge
+from onnxcompress.train.depth.search import Budget, Evaluate, ScoreCache, SearchResult, search, shortlist
 from onnxcompress.train.depth.supernet import Supernet, build_pruned
 from onnxcompress.train.depth.training import Lambdas, settled, train_progressively, train_supernet
 from onnxcompress.train.loop import Evaluation, Progress, TrainResult
@@ -220,11 +220,15 @@ class _Job:
             "metric": supervision.metric.name,
         }
         cache = ScoreCache(self.given.folder / "scores.json", identity, resume=options.resume)
+        fitted: Evaluate | None = None
+        if options.supernet == options.start == "fitted" and "supernet" in options.stages and options.shortlist > 1:
+            whole = ScoreCache(self.given.folder / "fits.json", identity, resume=options.resume)
+            fitted = whole.wrap(lambda wanted, report: self._score_fitted(blocks, wanted, report))
         with self.given.scorer(twin, supernet, supervision) as scorer:
-            return trained, self._search_within(offers, base, budget, cache, scorer)
+            return trained, self._search_within(offers, base, budget, cache.wrap(scorer), fitted)
 
     def _search_within(
-        self, offers: Sequence[Offer], base: Base, budget: Budget, cache: ScoreCache, scorer: SubnetScorer
+        self, offers: Sequence[Offer], base: Base, budget: Budget, evaluate: Evaluate, fitted: Evaluate | None
     ) -> SearchResult:
         """Search, measure what was found as a whole, and search again where the sum over blocks promised too much."""
         goal, settings = self.given.options.goal, self.given.options.search
@@ -236,7 +240,9 @@ class _Job:
         limit = math.inf if goal.kind == "blocks" else base.limit(goal)
         reached = math.inf
         for _ in range(_ROUNDS):
-            found = search(budget, cache.wrap(scorer), settings, progress=told)
+            found = search(budget, evaluate, settings, progress=told)
+            if fitted is not None and settings.method != "random":
+                found = self._best_fitted(found, offers, fitted)
             if goal.kind == "blocks":
                 return found
             chosen = [offer.block for offer, bit in zip(offers, found.bits, strict=True) if bit == "1"]
@@ -253,6 +259,34 @@ class _Job:
             f"{goal.text}: after {_ROUNDS} searches {goal.kind} is {amount_text(goal, reached, base)}, allowed "
             f"{amount_text(goal, limit, base)}; the measurement is noisy, or take --search exhaustive"
         )
+
+    def _best_fitted(self, found: SearchResult, offers: Sequence[Offer], fitted: Evaluate) -> SearchResult:
+        """The best of a search's shortlist, fitted as a whole."""
+        listed = shortlist(found.ranked, [offer.is_deletion for offer in offers], self.given.options.shortlist)
+        if len(listed) < 2:
+            return found
+        self.given.say(f"fitting the best {len(listed)} subnets")
+        scores = dict(zip(listed, fitted(listed), strict=True))
+        best = max(listed, key=scores.__getitem__)
+        return replace(found, bits=best, score=scores[best])
+
+    def _score_fitted(
+        self, blocks: Sequence[Block], wanted: Sequence[str], report: Callable[[Mapping[str, float]], None]
+    ) -> None:
+        """Fit subnets as training would find them, and score them."""
+        given = self.given
+        for number, bits in enumerate(wanted, 1):
+            given.say(f"fitting subnet {number} of {len(wanted)}")
+            chosen = [block for block, bit in zip(blocks, bits, strict=True) if bit == "1"]
+            supernet = given.build(chosen)
+            twin = TorchGraph(supernet.graph)
+            lambdas = Lambdas(twin, supernet.lambdas)
+            supervision = given.supervise(twin)
+            assert supervision.metric is not None and supervision.expected is not None
+            twin.to(given.device)
+            fit_blocks(twin, supernet, given.original(), given.calibration, lambdas=lambdas, settle=given.settle)
+            judge = Judge(supervision.metric, supervision.output, supervision.expected)
+            report({bits: judge.score(twin, given.validation)})
 
     def _train_supernet(
         self, twin: TorchGraph, supernet: Supernet, supervision: Supervision, blocks: Sequence[Block]
@@ -431,7 +465,7 @@ class _Job:
     def _remove_state(self) -> None:
         for name in ("supernet", "train"):
             Checkpoint(self.given.folder / name, {}).remove()
-        for name in ("plan.json", "scores.json"):
+        for name in ("plan.json", "scores.json", "fits.json"):
             (self.given.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else lies there
             self.given.folder.rmdir()

@@ -12,12 +12,13 @@ What a score is, the caller knows: ``evaluate`` gets bit strings, several at onc
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,13 @@ class Budget:
     Args:
         savings: By block; one that saves nothing is never pruned.
         need: Smallest sum of the savings of the pruned blocks.
+        places: By block, where it is: of two at one place, such as a merge and a deletion, a candidate has one at most.
+            None where each is at its own.
     """
 
     savings: tuple[float, ...]
     need: float
+    places: tuple[int, ...] | None = None
 
     @classmethod
     def count(cls, blocks: int, pruned: int) -> Budget:
@@ -58,8 +62,24 @@ class Budget:
 
     @property
     def most(self) -> float:
-        """What all blocks together save."""
-        return math.fsum(saving for saving in self.savings if saving > 0)
+        """What all blocks together save, of two at one place the better."""
+        best: dict[int, float] = {}
+        for index, saving in enumerate(self.savings):
+            place = self.place(index)
+            best[place] = max(best.get(place, 0.0), saving)
+        return math.fsum(best.values())
+
+    def place(self, index: int) -> int:
+        return index if self.places is None else self.places[index]
+
+    def rivals(self, index: int, chosen: Collection[int]) -> list[int]:
+        """Those of the chosen that are at the same place."""
+        return [other for other in chosen if other != index and self.place(other) == self.place(index)]
+
+    def fits(self, bits: str) -> bool:
+        """Whether no two are at one place."""
+        places = [self.place(index) for index, bit in enumerate(bits) if bit == "1"]
+        return len(set(places)) == len(places)
 
     def saved(self, bits: str) -> float:
         return math.fsum(saving for saving, bit in zip(self.savings, bits, strict=True) if bit == "1")
@@ -85,6 +105,8 @@ class Budget:
                 if not self.is_enough(saved + left[following]):
                     return
                 block = offered[following]
+                if self.rivals(block, chosen):
+                    continue
                 yield from extended([*chosen, block], saved + self.savings[block], following + 1)
 
         return extended([], 0.0, 0)
@@ -92,13 +114,23 @@ class Budget:
     def repaired(self, bits: str, rng: random.Random) -> str:
         """The nearest candidate on a random way: blocks are added until there is enough, then those not needed go."""
         order = sorted(self.offered, key=lambda index: rng.random())
-        chosen = {index for index in order if bits[index] == "1"}
+        chosen: set[int] = set()
         for index in order:
-            if self.is_enough(math.fsum(self.savings[i] for i in chosen)):
-                break
-            chosen.add(index)
+            if bits[index] == "1" and not self.rivals(index, chosen):
+                chosen.add(index)
+
+        def enough(indices: Iterable[int]) -> bool:
+            return self.is_enough(math.fsum(self.savings[i] for i in indices))
+
+        for swapped in (False, True):  # where adding is not enough, others at their places may save more
+            for index in order:
+                if enough(chosen):
+                    break
+                rivals = self.rivals(index, chosen)
+                if not rivals or (swapped and self.savings[index] > self.savings[rivals[0]]):
+                    chosen = chosen.difference(rivals) | {index}
         for index in order:
-            if index in chosen and self.is_enough(math.fsum(self.savings[i] for i in chosen if i != index)):
+            if index in chosen and enough(chosen - {index}):
                 chosen.remove(index)
         return self._bits(chosen)
 
@@ -179,6 +211,7 @@ class SearchResult:
         evaluations: How many bit strings were scored, those from the cache included.
         scores: All of them, the candidates among them best first.
         history: Best score after each generation, or step of the greedy search.
+        ranked: The candidates among the scored, best first.
     """
 
     method: str
@@ -187,6 +220,7 @@ class SearchResult:
     evaluations: int
     scores: dict[str, float] = field(repr=False)
     history: list[float] = field(repr=False)
+    ranked: list[str] = field(repr=False, default_factory=list)
 
 
 def search(
@@ -219,7 +253,24 @@ def search(
     ranked = sorted(candidates, key=run.rank)
     others = [bits for bits in run.scores if bits not in set(ranked)]
     scores = {bits: run.scores[bits] for bits in [*ranked, *others]}
-    return SearchResult(method, ranked[0], run.scores[ranked[0]], len(run.scores), scores, run.history)
+    return SearchResult(method, ranked[0], run.scores[ranked[0]], len(run.scores), scores, run.history, ranked)
+
+
+def shortlist(ranked: Sequence[str], deletes: Sequence[bool], count: int) -> list[str]:
+    """Of candidates that come best first, those to look at again: in turn the next best with each number of deletions.
+
+    Deleted blocks rank low until what follows them is fitted, so that the best score alone would leave them out.
+
+    Args:
+        ranked: Bit strings.
+        deletes: By bit, whether it deletes a block.
+        count: How many.
+    """
+    classes: dict[int, list[str]] = {}
+    for bits in ranked:
+        classes.setdefault(sum(bit == "1" and gone for bit, gone in zip(bits, deletes, strict=True)), []).append(bits)
+    rounds = itertools.zip_longest(*(classes[number] for number in sorted(classes)))
+    return [bits for turn in rounds for bits in turn if bits is not None][:count]
 
 
 class _Search:
@@ -240,7 +291,7 @@ class _Search:
 
     def is_candidate(self, bits: str) -> bool:
         budget = self.budget
-        if not budget.is_met(bits):
+        if not budget.is_met(bits) or not budget.fits(bits):
             return False
         saved = budget.saved(bits)
         pruned = [saving for saving, bit in zip(budget.savings, bits, strict=True) if bit == "1"]
@@ -320,10 +371,11 @@ class _Search:
         current = "0" * len(budget.savings)
         self.evaluate([current])
         while not budget.is_met(current):
-            steps = {i: _flipped(current, i) for i in budget.offered if current[i] == "0"}
+            steps = {i: after for i in budget.offered if (after := self._with(current, i))}
             self.evaluate(list(steps.values()))
             here = self.scores[current]
-            current = steps[min(steps, key=lambda i: self._loss(here, steps[i], i))]
+            saved = budget.saved(current)
+            current = min(steps.values(), key=lambda bits: self._loss(here, bits, budget.saved(bits) - saved))
             self.history.append(self.scores[current])
         for index in reversed(budget.offered):  # the smallest first
             without = _flipped(current, index)
@@ -332,12 +384,21 @@ class _Search:
         self.evaluate([current])
         self.history.append(self.scores[current])
 
-    def _loss(self, here: float, bits: str, index: int) -> tuple[float, float, str]:
+    def _with(self, bits: str, index: int) -> str:
+        """The same with one more block, which takes the place of one that saves less; empty where it cannot."""
+        chosen = [i for i, bit in enumerate(bits) if bit == "1"]
+        rivals = self.budget.rivals(index, chosen)
+        if index in chosen or any(self.budget.savings[i] >= self.budget.savings[index] for i in rivals):
+            return ""
+        for rival in rivals:
+            bits = _flipped(bits, rival)
+        return _flipped(bits, index)
+
+    def _loss(self, here: float, bits: str, saving: float) -> tuple[float, float, str]:
         """What a step loses for what it saves; one that loses nothing counts by its score."""
         lost = here - self.scores[bits]
         if not math.isfinite(lost):
             return (math.inf if self.scores[bits] == -math.inf else 0.0), -self.scores[bits], bits
-        saving = self.budget.savings[index]
         return (lost / saving if lost > 0 else lost * saving), -self.scores[bits], bits
 
 

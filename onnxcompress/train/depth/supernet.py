@@ -83,13 +83,14 @@ def build_supernet(graph: Graph, blocks: Sequence[Block], *, flows: Flows | None
 
     Args:
         graph: Prepared; not changed.
-        blocks: From ``find_blocks`` on this graph; no node in two of them.
+        blocks: From ``find_blocks`` on this graph; no node in two of them, except that a block may be followed by
+            itself as one to delete.
         flows: Choices by kind; ``FLOWS`` for the others.
 
     Raises:
         RecipeError: Two blocks share a node, a block is not in the graph, or a choice cannot be met.
     """
-    check_blocks(graph, blocks)
+    check_blocks(graph, blocks, rivals=True)
     chosen_flows = {**FLOWS, **(flows or {})}
     mixed = copy_graph(graph)
     sites = {block.name: locate(mixed, block) for block in blocks}
@@ -147,11 +148,14 @@ def build_pruned(
     return pruned
 
 
-def check_blocks(graph: Graph, blocks: Sequence[Block]) -> None:
-    """RecipeError where two blocks have one node in common."""
+def check_blocks(graph: Graph, blocks: Sequence[Block], *, rivals: bool = False) -> None:
+    """RecipeError where two blocks have one node in common; with ``rivals`` one of them may delete the other."""
     check_names(graph)
     owner: dict[str, str] = {}
+    merged = {block.add for block in blocks if block.kind != "residual"} if rivals else set()
     for block in blocks:
+        if block.kind == "residual" and block.add in merged:
+            continue
         for node in (*block.nodes, *block.shortcut):
             if node in owner:
                 raise RecipeError(f"blocks {owner[node]!r} and {block.name!r} share node {node!r}: take one of them")

@@ -86,7 +86,8 @@ def test_merged_equals_unmerged(pruned):
 def test_every_set_of_two_was_scored_and_the_state_is_gone(pruned):
     result, folder = pruned
     assert result.found.method == "exhaustive" and result.found.evaluations == 6
-    assert max(result.found.scores.values()) == result.found.score
+    # Each score is that of the supernet; those of a shortlist were fitted whole, which is better: 0.962 of 0.955 measured.
+    assert len(result.found.scores) == 6 and result.found.score > result.found.scores[result.found.bits]
     assert sorted(path.name for path in folder.iterdir()) == ["out.onnx"]
 
 
@@ -187,7 +188,7 @@ def test_without_labels_it_learns_from_the_original(tmp_path):
 
 def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
     options = replace(OPTIONS, goal=Goal("macs", 0.5, True))
-    with pytest.raises(BudgetError, match=r"with all 4 offered blocks pruned, macs is 0\.683x \(253,104\), allowed 0"):
+    with pytest.raises(BudgetError, match=r"with all 4 offered blocks pruned, macs is 0\.577x \(213,936\), allowed 0"):
         prune_depth(DEIT, tmp_path / "out.onnx", options)
     assert BudgetError.exit_code == 1 and not (tmp_path / "out.onnx").exists()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from onnxcompress.errors import RecipeError
-from onnxcompress.train.depth.search import Budget, ScoreCache, SearchSettings, search
+from onnxcompress.train.depth.search import Budget, ScoreCache, SearchSettings, search, shortlist
 
 LOSSES = [0.5, 0.1, 3.0, 0.2, 2.0, 0.05, 1.0, 0.7, 0.4, 0.3, 0.9, 0.15, 0.6, 0.25]
 PAIR = 4.0  # what it costs to prune blocks 1 and 5 both, the two cheapest ones
@@ -62,9 +63,49 @@ def test_candidates_prune_no_more_than_needed():
     assert len(found) == len(set(found)) and set(found) == minimal
 
 
+RIVALS = Budget((3.0, 1.0, -0.5, 2.0, 0.0, 1.5, 5.0), 5.5, (0, 1, 2, 3, 4, 3, 0))
+
+
+def test_candidates_have_one_of_two_at_a_place():
+    every = ["".join(bits) for bits in itertools.product("01", repeat=7)]
+    minimal = {
+        bits
+        for bits in every
+        if bits[2] == bits[4] == "0"
+        and not bits[0] == bits[6] == "1"
+        and not bits[3] == bits[5] == "1"
+        and RIVALS.saved(bits) >= 5.5
+        and all(bit == "0" or RIVALS.saved(bits[:i] + "0" + bits[i + 1 :]) < 5.5 for i, bit in enumerate(bits))
+    }
+    found = list(RIVALS.candidates())
+    assert len(found) == len(set(found)) and set(found) == minimal and len(minimal) == 5
+    assert RIVALS.most == 8.0
+
+
+@pytest.mark.parametrize("method", ["exhaustive", "ga", "greedy", "random"])
+@pytest.mark.parametrize("need", [0.5, 5.5, 8.0])
+def test_every_search_takes_one_of_two_at_a_place(method, need):
+    budget = replace(RIVALS, need=need)
+    found = search(budget, Counted(lambda bits: -budget.saved(bits)), SearchSettings(method=method))
+    assert budget.fits(found.bits) and budget.is_met(found.bits)
+    if need == 8.0:  # the larger one at each place, and the one that has its own
+        assert found.bits == "0101001"
+
+
+def test_a_shortlist_takes_turns_among_numbers_of_deletions():
+    ranked = ["1100", "1010", "0011", "0110", "1001", "0101"]
+    deletes = [False, False, True, True]
+    assert shortlist(ranked, deletes, 4) == ["1100", "1010", "0011", "0110"]
+    assert shortlist(ranked, deletes, 9) == ["1100", "1010", "0011", "0110", "1001", "0101"]
+    assert shortlist(["1010", "1001", "1100"], deletes, 2) == ["1100", "1010"]
+
+
 def test_repair_gives_candidates_only():
     import random
 
+    candidates = set(RIVALS.candidates())
+    every = ["".join(bits) for bits in itertools.product("01", repeat=7)]
+    assert {RIVALS.repaired(one, random.Random(0)) for one in every} == candidates
     budget = Budget(tuple(float(1 + i % 4) for i in range(10)), 9.0)
     candidates = set(budget.candidates())
     rng = random.Random(0)

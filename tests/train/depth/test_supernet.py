@@ -21,6 +21,7 @@ from onnxcompress.testing import inputs_for, model, relative_error, run
 from onnxcompress.train.depth.blocks import find_blocks, without_overlaps
 from onnxcompress.train.depth.costs import FewestOperators, block_costs, merge
 from onnxcompress.train.depth.kinds import Flow
+from onnxcompress.train.depth.offers import with_deletions
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.supernet import build_pruned, build_supernet
 from onnxcompress.train.export import export_module
@@ -158,6 +159,26 @@ def test_some_blocks_of_a_supernet(networks, name):
         pruned = build_pruned(supernet, blocks, chosen)
         assert worst(outputs(supernet.at(dict.fromkeys(chosen, 1.0)), feeds), outputs(pruned, feeds)) <= 1e-6
     assert worst(run(proto, feeds), outputs(build_pruned(graph, blocks, []), feeds)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "convnext", "deit", "basic"])
+def test_merge_and_deletion_compete_for_a_place(networks, name):
+    proto, graph = networks(name)
+    blocks = with_deletions(without_overlaps(find_blocks(graph)[0]))
+    rivals = [block for block in blocks if block.name.endswith("/delete")]
+    merges = [block for block in blocks if block not in rivals]
+    assert rivals and all(block.kind == "residual" for block in rivals)
+    supernet = build_supernet(graph, blocks)
+    feeds = inputs_for(proto, seed=3, sizes=SIZES)
+    assert worst(run(proto, feeds), outputs(supernet.graph, feeds)) <= 1e-6  # measured 0.0
+    first = rivals[0]
+    for chosen in ([rivals[-1]], rivals, [first, *(block for block in merges if block.add != first.add)]):
+        names = [block.name for block in chosen]
+        at_one = outputs(supernet.at(dict.fromkeys(names, 1.0)), feeds)
+        assert worst(at_one, outputs(build_pruned(supernet, blocks, names), feeds)) <= 1e-6  # measured 3e-7
+    both = [first.name, next(block.name for block in merges if block.add == first.add)]
+    with pytest.raises(RecipeError, match="share node"):
+        build_pruned(supernet, blocks, both)
 
 
 def test_the_original_is_left_alone(networks):
