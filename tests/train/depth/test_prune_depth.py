@@ -86,7 +86,7 @@ def test_merged_equals_unmerged(pruned):
 def test_every_set_of_two_was_scored_and_the_state_is_gone(pruned):
     result, folder = pruned
     assert result.found.method == "exhaustive" and result.found.evaluations == 6
-    # Each score is that of the supernet; those of a shortlist were fitted whole, which is better: 0.962 of 0.955 measured.
+    # Scores are those of the supernet; the best were fitted whole, which is better: measured 0.962 where it was 0.955.
     assert len(result.found.scores) == 6 and result.found.score > result.found.scores[result.found.bits]
     assert sorted(path.name for path in folder.iterdir()) == ["out.onnx"]
 
