@@ -17,13 +17,13 @@ import numpy as np
 
 from onnxcompress.codebook.bgd import cluster_by_activations
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, check_quantizable, index_type
-from onnxcompress.codebook.fitting import Clustering, cluster, codeword_norms, nearest, regularized
+from onnxcompress.codebook.fitting import Clustering, cluster
 from onnxcompress.codebook.objective import Assignment, Objective, damped_objective, from_positions
 from onnxcompress.codebook.problem import LayerProblem
 from onnxcompress.codebook.refining import descend_indices, refine
 from onnxcompress.codebook.scaling import round_scales, row_scales, with_stored_values
 from onnxcompress.codebook.sharing import SharedCodebook, shared_scales
-from onnxcompress.codebook.sweep import sweep
+from onnxcompress.codebook.sweep import nearest_blockwise, sweep
 from onnxcompress.codebook.target import by_group, float_target
 from onnxcompress.errors import QuantizationError
 
@@ -153,7 +153,7 @@ def _cluster(layer: LayerProblem, objective: Objective) -> Assignment:
         rms = shared_scales(objective.target)
         empty = np.zeros((*rms.shape, objective.target.shape[2] // choice.block), np.intp)
         start = Assignment(layer.shared.codewords(), empty, rms)
-        return replace(start, indices=_nearest_blockwise(objective, start))
+        return replace(start, indices=nearest_blockwise(objective, start.codebook, start.scales))
     if choice.scaled:
         scales = row_scales(objective.target)
     else:
@@ -220,18 +220,9 @@ def _rounded(
         if objective.error(again) < objective.error(rounded):
             rounded = again
     else:
-        rounded = replace(rounded, indices=_nearest_blockwise(objective, rounded))
+        rounded = replace(rounded, indices=nearest_blockwise(objective, rounded.codebook, rounded.scales))
     scales = rounded.scales.reshape(-1).astype(np.float16) if choice.scaled else None
     return _result(layer, choice, codebook, factors, rounded.indices, scales, method)
-
-
-def _nearest_blockwise(objective: Objective, assignment: Assignment) -> np.ndarray:
-    """(groups, rows, D / d) intp: each sub-vector's nearest codeword under the metric of its position."""
-    block = assignment.codebook.shape[1]
-    metrics = regularized(objective.positions(block))
-    projected = objective.vectors(block, assignment.scales) @ metrics
-    indices, _ = nearest(projected, codeword_norms(metrics, assignment.codebook), assignment.codebook)
-    return from_positions(indices, len(objective.hessian))
 
 
 def _quantize_by_baseline(layer: LayerProblem, method: Method) -> QuantizedLayer:

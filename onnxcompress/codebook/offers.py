@@ -40,7 +40,8 @@ DAMPING = 0.1
 RANDOM_START = 4  # block length from which on k-means++ gains little
 MIDDLE_BITS = 1.4  # a weight: where damage is measured
 SHARED_CODEWORDS = (16, 64, 128, 256)
-# Squared error with a codebook for many layers over that with one of its own of as many codewords.
+# Squared error with a codebook for many layers over that with one of its own of as many codewords: a guess, where
+# ``pooling.measure_pools`` does not find out.
 SHARED_LOSS = 1.15
 SHARED_BYTES = 80  # a layer: Reshape, Mul, and its places in two Splits
 DEPTHWISE_BLOCKS = (1, 3, 5, 7, 9, 25, 49)

@@ -30,6 +30,7 @@ from onnxcompress.graph import Graph
 from onnxcompress.model_io import StagedFile, load
 
 MAX_CORRECTIONS = 8  # of the budget, until the file meets it
+LEAST_LEFT = 0.02  # of a layer's output, as far as damage goes
 Done = Callable[[Layer], None]
 
 
@@ -48,7 +49,8 @@ class Item:
 
     @property
     def offer(self) -> Offer:
-        return Offer(self.size_bytes, self.damage)
+        """With a damage that grows faster than the squared error: large errors of several layers add to each other."""
+        return Offer(self.size_bytes, self.damage / max(1 - self.error**2, LEAST_LEFT))
 
 
 @dataclass
@@ -59,11 +61,24 @@ class Menu:
         name: Of the layer.
         items: "keep" first.
         new_bias: A bias is added where there was none.
+        sensitivity: Damage over the squared error of the layer's output.
     """
 
     name: str
     items: list[Item]
     new_bias: bool = False
+    sensitivity: float = 1.0
+
+    def correct(self, squared_errors: Mapping[Form, float]) -> None:
+        """Take the squared errors that some forms turned out to have."""
+        self.items = [
+            self.item(item.form, item.size_bytes, squared_errors[item.form]) if item.form in squared_errors else item
+            for item in self.items
+        ]
+
+    def item(self, form: Form, size_bytes: int, squared: float) -> Item:
+        """A form with its costs."""
+        return Item(form, size_bytes, min(self.sensitivity * squared, MAX_DAMAGE), math.sqrt(squared))
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,11 @@ class Plan:
     damage: float
     items: Mapping[str, Item] = field(default_factory=dict)
     shaving: Shaving = Shaving.NONE
+
+    @property
+    def cost(self) -> float:
+        """What the allocation makes least."""
+        return sum(item.offer.damage for item in self.items.values())
 
     @property
     def digest(self) -> str:
@@ -177,7 +197,7 @@ class Planner:
                 break
             plan = self._plan(allocate(offers, room - fixed), shaving)
             if plan.size_bytes <= budget_bytes:
-                if plan.damage < best.damage:
+                if plan.cost < best.cost:
                     best = plan
                 if budget_bytes - plan.size_bytes < 64 or best is not plan:
                     break
@@ -368,20 +388,20 @@ def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float, *
     slope = typical if kept["damage"] is None or error <= 0 else kept["damage"] / error
     # A change that was not felt may be felt where it is larger; never quite for nothing.
     slope = max(slope, 1e-6 * typical, 1e-12)
-    items = []
     new_bias = kept["corrected"] and corrects_bias and layer.bias() is None
+    menu = Menu(layer.name, [], new_bias, slope)
     for written, size, squared in kept["forms"]:
         form = _read(written)
         if form == "keep":
-            items.append(Item(form, layer.stored_bytes, 0.0, 0.0))
+            menu.items.append(Item(form, layer.stored_bytes, 0.0, 0.0))
             continue
         # offers.py counts the bias of a codebook; one that is there already stays in the fixed bytes
         arrays = size - 4 * layer.outputs if isinstance(form, Choice) and layer.has_bias else size
         shared = isinstance(form, Choice) and form.shared
         total = arrays + 4 * layer.outputs * new_bias + (SHARED_BYTES if shared else overhead_bytes(graph, layer, form))
         if total < layer.stored_bytes:
-            items.append(Item(form, total, min(slope * squared, MAX_DAMAGE), math.sqrt(squared)))
-    return Menu(layer.name, items, new_bias)
+            menu.items.append(menu.item(form, total, squared))
+    return menu
 
 
 def _written(form: Form) -> Any:

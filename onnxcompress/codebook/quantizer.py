@@ -18,7 +18,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from onnxcompress.codebook.layers import Layer, Refusal, find_layers
 from onnxcompress.codebook.layerwise import ImpossibleForm, Made, Stored, quantize_layers
 from onnxcompress.codebook.offers import form_text
 from onnxcompress.codebook.options import DEFAULT_ERROR, HELD_OUT_SHARE, QuantizeOptions
-from onnxcompress.codebook.planning import BudgetError, Plan, Planner, finish, make_menus
-from onnxcompress.codebook.pooling import fit_pools
+from onnxcompress.codebook.planning import BudgetError, Menu, Plan, Planner, finish, make_menus
+from onnxcompress.codebook.pooling import MEASURABLE, fit_pools, is_shared, measure_pools
 from onnxcompress.codebook.preparing import prepare
 from onnxcompress.codebook.results import Progress, QuantizeResult, layer_row
 from onnxcompress.codebook.resuming import Checkpoint, feeds_digest, files_digest
@@ -49,7 +49,7 @@ from onnxcompress.codebook.sampling import (
     sample_count,
 )
 from onnxcompress.codebook.sharing import SharedCodebook
-from onnxcompress.codebook.shaving import Shaving
+from onnxcompress.codebook.shaving import SMALL_FILE_BYTES, Shaving
 from onnxcompress.codebook.statistics import Calibration
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.errors import QuantizationError, RecipeError
@@ -254,8 +254,34 @@ class _Job:
                 seed=self.options.seed,
                 done=self._counted("estimating", len(self.layers)),
             )
+        self._measure_sharing(menus)
         name = self.path.name if self.output is None else self.output.name
         return Planner(self.base, self.original_bytes, self.layers, menus, name, self.base_bytes)
+
+    def _measure_sharing(self, menus: Sequence[Menu]) -> None:
+        """Correct what shared codebooks are expected to cost, where the file may be small enough to have some."""
+        budget = self.budget_bytes()
+        forms = {menu.name: [item.form for item in menu.items if is_shared(item.form)] for menu in menus}
+        numbers = sum(layer.outputs * layer.length for layer in self.layers if forms[layer.name])
+        if numbers > MEASURABLE or not numbers or (budget is not None and budget > SMALL_FILE_BYTES):
+            return
+        kept = self.checkpoint.load("sharing")
+        if kept is None:
+            found = measure_pools(
+                self.graph,
+                self.layers,
+                forms,
+                {menu.name: menu.sensitivity for menu in menus},
+                self.samples.fit[:MENU_BATCHES],
+                swept=self.options.method == "sweep" and self.options.data != "none",
+                runtime=self.runtime,
+                **self._calibration_wishes(),
+            )
+            kept = {name: {form_text(form): error for form, error in its.items()} for name, its in found.items()}
+            self.checkpoint.save("sharing", kept)
+        for menu in menus:
+            known = kept.get(menu.name, {})
+            menu.correct({form: known[form_text(form)] for form in forms[menu.name] if form_text(form) in known})
 
     def _meter(self) -> DamageMeter | None:
         if not self.layers:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcompress.codebook.fitting import cluster
-from onnxcompress.codebook.objective import damped_objective
+from onnxcompress.codebook.objective import Assignment, damped_objective
 from onnxcompress.codebook.scaling import round_scales
+from onnxcompress.codebook.sweep import nearest_blockwise, sweep
+from onnxcompress.codebook.target import energy
 
 DAMPING = 0.1
 
@@ -92,3 +94,16 @@ def fit_shared(members: Sequence[Member], block: int, codewords: int, *, seed: i
     factors = np.where(factors > 0, factors, np.float32(1)).astype(np.float32)
     values = np.clip(np.rint(clustering.codebook / factors), -127, 127).astype(np.int8)
     return SharedCodebook(values, factors)
+
+
+def shared_error(member: Member, shared: SharedCodebook, *, swept: bool) -> float:
+    """Relative squared error of a layer's output,  tr(E C E') / tr(W C W'),  with a codebook that is given."""
+    objective = damped_objective(member.weight, member.moments, damping=DAMPING)
+    codewords, scales = shared.codewords(), shared_scales(objective.target)
+    if swept:
+        made = sweep(objective, codewords, scales)
+    else:
+        made = Assignment(codewords, nearest_blockwise(objective, codewords, scales), scales)
+    target, weight = (rows.astype(np.float64) for rows in (objective.target, made.weight()))
+    spread = energy(target, member.moments)
+    return max(energy(target - weight, member.moments), 0.0) / spread if spread > 0 else 0.0

@@ -16,8 +16,8 @@ References:
 
 import numpy as np
 
-from onnxcompress.codebook.fitting import codeword_norms
-from onnxcompress.codebook.objective import Assignment, Objective
+from onnxcompress.codebook.fitting import codeword_norms, nearest, regularized
+from onnxcompress.codebook.objective import Assignment, Objective, from_positions
 
 PANEL = 256  # columns that are brought up to date by one matrix product
 
@@ -81,3 +81,12 @@ def _nearest_scaled(projected: np.ndarray, metric: np.ndarray, codebook: np.ndar
     scores = np.matmul(projected, -2 * codebook.T)
     scores += scales[:, :, None] * norms[:, None, :]
     return np.asarray(scores.argmin(axis=2))
+
+
+def nearest_blockwise(objective: Objective, codebook: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """(groups, rows, D / d) intp: each sub-vector's nearest codeword under the metric of its position alone."""
+    block = codebook.shape[1]
+    metrics = regularized(objective.positions(block))
+    projected = objective.vectors(block, scales) @ metrics
+    indices, _ = nearest(projected, codeword_norms(metrics, codebook), codebook)
+    return from_positions(indices, len(objective.hessian))
