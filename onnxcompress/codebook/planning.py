@@ -52,6 +52,11 @@ class Item:
         """With a damage that grows faster than the squared error: large errors of several layers add to each other."""
         return Offer(self.size_bytes, self.damage / max(1 - self.error**2, LEAST_LEFT))
 
+    @property
+    def importance(self) -> float:
+        """That damage over the squared error: how much the layer counts in a codebook for many."""
+        return self.offer.damage / self.error**2 if self.error else 0.0
+
 
 @dataclass
 class Menu:

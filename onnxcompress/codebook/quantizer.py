@@ -384,7 +384,7 @@ class _Job:
         return finished
 
     def _shared_codebooks(self, plan: Plan) -> dict[str, SharedCodebook]:
-        importance = {name: item.damage / item.error**2 if item.error else 0.0 for name, item in plan.items.items()}
+        importance = {name: item.importance for name, item in plan.items.items()}
         wishes = {**self._calibration_wishes(), "runtime": self.runtime}
         return fit_pools(self.graph, self.layers, plan.forms, importance, self.samples.fit[:MENU_BATCHES], **wishes)
 

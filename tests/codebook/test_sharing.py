@@ -123,6 +123,7 @@ def test_a_menu_takes_what_was_measured():
         Item(own, 400, pytest.approx(0.02), pytest.approx(0.2)),
     ]
     assert [item.offer.damage for item in menu.items] == pytest.approx([0.18 / 0.64, 0.02 / 0.96])
+    assert [item.importance for item in menu.items] == pytest.approx([0.5 / 0.64, 0.5 / 0.96])
 
 
 def test_a_choice_and_its_codebook_come_together():
