@@ -75,7 +75,8 @@ def result_lines(result: DepthResult) -> list[str]:
     lines = [f"{result.source} -> {result.output}; learned from {result.learned_from}"]
     deleted = f", {len(result.deleted)} of them deleted" if result.deleted else ""
     goal = f"; goal: {result.goal}" if result.goal else ""
-    lines.append(f"{len(result.pruned)} of {len(result.offers)} blocks pruned{deleted}{goal}")
+    places = len({offer.block.add or offer.name for offer in result.offers})
+    lines.append(f"{len(result.pruned)} of {places} blocks pruned{deleted}{goal}")
     if result.found is not None:
         found = result.found
         lines.append(f"search: {found.method}, {found.evaluations} subnets scored, best score {found.score:.4g}")
