@@ -27,7 +27,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -350,10 +350,9 @@ def main() -> None:
     key, model = setting(arguments), Path(arguments.model).stem
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         bench = Bench(arguments, seed)
-        known: Callable[[Mapping[str, Any]], bool] = lambda row: (  # noqa: E731
-            (row["model"], row["setting"], row["seed"]) == (model, key, seed)  # noqa: B023  # called at once
-        )
-        bench.rows = {row["arm"]: row for row in read(arguments.out) if known(row)}
+        here = (model, key, seed)
+        found = [row for row in read(arguments.out) if (row["model"], row["setting"], row["seed"]) == here]
+        bench.rows = {row["arm"]: row for row in found}
         for arm in (arm for arm in arms if arm not in bench.rows):
             goal = bench.options.goal
             assert goal is not None

@@ -377,7 +377,8 @@ class _Sums:
         y, yy = self.parts[5:]
         spread = (yy - y * y / self.count).sum().clamp(min=torch.finfo(yy.dtype).tiny)
         squares = slope.double().square()
-        return tuple(float(((squares * e).sum() / spread).clamp(min=0).sqrt()) for e in (self.parts[4], left))  # type: ignore[return-value]
+        before, after = (((squares * e).sum() / spread).clamp(min=0).sqrt() for e in (self.parts[4], left))
+        return float(before), float(after)
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of ``z @ weight``, (inputs, outputs)."""
@@ -394,7 +395,8 @@ def _rows(place: _Place, z: Tensor) -> Tensor:
         every = (slice(None), slice(None), *(slice(None, None, stride) for stride in conv.strides))
         z = z[every]
         return z.movedim(1, -1).reshape(-1, z.shape[1])
-    top, left, bottom, right = place.node.attrs.get("pads") or (0, 0, 0, 0)
+    # The supernet may have moved them, and writes them out where it has; auto_pad is resolved in the step.
+    top, left, bottom, right = place.node.attrs.get("pads") or conv.pads
     columns = F.unfold(F.pad(z, (left, right, top, bottom)), conv.kernel, conv.dilations, 0, conv.strides)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 

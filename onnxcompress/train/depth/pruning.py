@@ -225,7 +225,9 @@ class _Job:
         fitted: Evaluate | None = None
         if options.supernet == options.start == "fitted" and "supernet" in options.stages and options.shortlist > 1:
             whole = ScoreCache(self.given.folder / "fits.json", identity, resume=options.resume)
-            fitted = whole.wrap(lambda wanted, report: self._score_fitted(blocks, wanted, report))
+            assert supervision.expected is not None
+            judge = Judge(supervision.metric, supervision.output, supervision.expected)
+            fitted = whole.wrap(lambda wanted, report: self._score_fitted(blocks, judge, wanted, report))
         with self.given.scorer(twin, supernet, supervision) as scorer:
             return trained, self._search_within(offers, base, budget, cache.wrap(scorer), fitted)
 
@@ -275,21 +277,22 @@ class _Job:
         return replace(found, bits=best, score=scores[best])
 
     def _score_fitted(
-        self, blocks: Sequence[Block], wanted: Sequence[str], report: Callable[[Mapping[str, float]], None]
+        self,
+        blocks: Sequence[Block],
+        judge: Judge,
+        wanted: Sequence[str],
+        report: Callable[[Mapping[str, float]], None],
     ) -> None:
         """Fit subnets as training would find them, and score them."""
-        given = self.given
+        given, original = self.given, self.given.original()
         for number, bits in enumerate(wanted, 1):
             given.say(f"fitting subnet {number} of {len(wanted)}")
             chosen = [block for block, bit in zip(blocks, bits, strict=True) if bit == "1"]
             supernet = given.build(chosen)
             twin = TorchGraph(supernet.graph)
             lambdas = Lambdas(twin, supernet.lambdas)
-            supervision = given.supervise(twin)
-            assert supervision.metric is not None and supervision.expected is not None
             twin.to(given.device)
-            fit_blocks(twin, supernet, given.original(), given.calibration, lambdas=lambdas, settle=given.settle)
-            judge = Judge(supervision.metric, supervision.output, supervision.expected)
+            fit_blocks(twin, supernet, original, given.calibration, lambdas=lambdas, settle=given.settle)
             report({bits: judge.score(twin, given.validation)})
 
     def _train_supernet(

@@ -217,6 +217,23 @@ def test_what_cannot_be_fitted_says_why_and_stays(text, reason):
     assert all(torch.equal(tensor, start[name]) for name, tensor in twin.state_dict().items()) == bool(reason)
 
 
+def test_a_kept_block_with_auto_pad_is_fitted():
+    """The second block stays, and its last kernel of 3x3 pads by itself."""
+    rng = np.random.default_rng(1)
+    text = """g (float[N,4,6,6] x) => (float[N,4,6,6] y) {
+        a1 = Conv<pads=[1,1,1,1]>(x, w1)  r1 = Relu(a1)  a2 = Conv<pads=[1,1,1,1]>(r1, w2)  e = Add(a2, x)
+        a3 = Conv<auto_pad="SAME_UPPER">(e, w3)  r3 = Relu(a3)  a4 = Conv<auto_pad="SAME_UPPER">(r3, w4)  y = Add(a4, e)
+    }"""
+    weights = {f"w{i}": rng.normal(size=(4, 4, 3, 3)).astype(np.float32) * 0.3 for i in (1, 2, 3, 4)}
+    graph = prepare(load(model(text, **weights)))
+    blocks = without_overlaps(find_blocks(graph)[0], prefer=())
+    supernet = build_supernet(graph, blocks[:1])
+    feeds = [{"x": torch.from_numpy(rng.normal(size=(16, 4, 6, 6)).astype(np.float32))} for _ in range(4)]
+    twin, lambdas = pruned_twin(supernet)
+    fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas, settle=settling(feeds))
+    assert len(fits) == 2 and all(fit.after < 0.9 * fit.before and not fit.reason for fit in fits)
+
+
 def test_a_deleted_block_has_nothing_to_fit(calibration):
     graph = supernet_of("basic").original
     block = next(block for block in find_blocks(graph)[0] if block.deletable)
