@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,11 +177,19 @@ def write(path: Path, reports: Sequence[Mapping[str, Any]]) -> None:
         RecipeError: Another suffix.
         OutputError: The file cannot be written.
     """
-    suffix = check_suffix(path)
-    content = reports[0] if len(reports) == 1 else list(reports)
-    text = markdown(reports) if suffix == ".md" else json.dumps(content, indent=1)
+    write_as(path, reports[0] if len(reports) == 1 else list(reports), lambda: markdown(reports))
+
+
+def write_as(path: Path, content: Any, as_markdown: Callable[[], str]) -> None:
+    """Write a report as JSON or as Markdown, as the name of the file says.
+
+    Raises:
+        RecipeError: Another suffix.
+        OutputError: The file cannot be written.
+    """
+    text = as_markdown() if check_suffix(path) == ".md" else json.dumps(content, indent=1)
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write the report {path}: {error.strerror}") from error
 
@@ -271,8 +279,4 @@ def write_quantization(path: Path, report: Mapping[str, Any]) -> None:
         RecipeError: Another suffix.
         OutputError: The file cannot be written.
     """
-    text = quantization_markdown(report) if check_suffix(path) == ".md" else json.dumps(report, indent=1)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write the report {path}: {error.strerror}") from error
+    write_as(path, report, lambda: quantization_markdown(report))

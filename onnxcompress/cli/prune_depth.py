@@ -14,7 +14,7 @@ import click
 from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.cli.training import POSITIVE, SHARE, optimizer_options
-from onnxcompress.errors import OutputError, RecipeError
+from onnxcompress.errors import RecipeError
 
 STAGES = "supernet,search,train"
 
@@ -301,15 +301,11 @@ def _show_plan(plan: Any, as_json: bool, quiet: bool) -> None:
 
 
 def _show(found: Any, as_json: bool, quiet: bool, report: Path | None) -> None:
+    from onnxcompress.report import write_as
     from onnxcompress.train.depth.describing import FIGURE_HEADER, figure_rows, result_lines, result_markdown
 
     if report is not None:
-        as_markdown = report.suffix.lower() == ".md"
-        text = result_markdown(found) if as_markdown else json.dumps(found.as_dict(), indent=1) + "\n"
-        try:
-            report.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write the report {report}: {error.strerror}") from error
+        write_as(report, found.as_dict(), lambda: result_markdown(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:

@@ -13,7 +13,7 @@ import click
 
 from onnxcompress.cli.options import LARGEST_SIZE, MOST_THREADS, FilePath, Number
 from onnxcompress.cli.terminal import print_rows
-from onnxcompress.errors import OutputError, RecipeError
+from onnxcompress.errors import RecipeError
 
 POSITIVE = click.IntRange(min=1)
 GROUP_HEADER = ("group", "channels", "kept", "width")
@@ -86,7 +86,7 @@ def command(
     `onnxcompress finetune OUT --teacher IN --distill`.
     """
     from onnxcompress.channels.options import WidthOptions, parse_goal
-    from onnxcompress.report import check_suffix
+    from onnxcompress.report import check_suffix, write_as
 
     _check(output, macs, latency, list_groups, dry_run)
     if report is not None:
@@ -104,12 +104,7 @@ def command(
     if report is not None:
         from onnxcompress.channels.describing import result_markdown
 
-        as_markdown = report.suffix.lower() == ".md"
-        text = result_markdown(found) if as_markdown else json.dumps(found.as_dict(), indent=1) + "\n"
-        try:
-            report.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write the report {report}: {error.strerror}") from error
+        write_as(report, found.as_dict(), lambda: result_markdown(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:
