@@ -86,7 +86,7 @@ class Parsed(click.ParamType[float]):
 @click.option(
     "--limit",
     type=POSITIVE,
-    help="Use at most so many samples of --data [default: 256; with --tune 4096, of which 256 fit the layers].",
+    help="Use at most so many samples of --data [default: 256, of small ones 1024; with --tune 4096, to tune on].",
 )
 @click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
 @click.option("--batch", type=click.IntRange(1, LARGEST_SIZE), help="Samples in a run of the model.")

@@ -9,7 +9,7 @@ errors it is proportional to the squared error of the layer's own output, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,12 @@ def _features(tensor: Tensor) -> Tensor | None:
 
 
 class DamageMeter:
-    """Runs the network with one layer changed.
+    """Runs the network with some layers changed.
 
     Args:
         graph: The outermost graph.
         layers: Its layers.
-        feeds: A few samples that no fit uses.
+        feeds: Samples that no fit uses.
         runtime: Where it runs.
         custom_ops: Shared library with custom operators.
     """
@@ -120,12 +120,14 @@ class DamageMeter:
         self._operations = prune(self._network.operations, self._names)
         self._expected = self._run(None) if self.taps else []
 
-    def measure(self, layer: Layer, decoded: np.ndarray, bias: np.ndarray | None) -> float:
-        """The damage of another weight (outputs, D) and bias in a layer that is in no body."""
+    def measure(self, changes: Iterable[tuple[Layer, np.ndarray, np.ndarray | None]]) -> float:
+        """The damage of other weights (outputs, D) and biases; of layers that stand in a body nothing is measured."""
         if not self.taps:
             return 0.0
         replacements = Replacements()
-        replacements.replace(layer, decoded, bias)
+        for layer, decoded, bias in changes:
+            if not layer.in_body:
+                replacements.replace(layer, decoded, bias)
         return relative_damage(self.taps, self._expected, self._run(replacements))
 
     def _run(self, replacements: Replacements | None) -> list[list[Any]]:

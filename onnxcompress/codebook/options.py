@@ -15,10 +15,11 @@ Tune = Literal["none", "joint", "full"]
 METHODS = ("sweep", "em", "kmeans", "bgd")
 TUNES = ("none", "joint", "full")
 DEFAULT_LIMIT = 256
+SMALL_LIMIT = 1024  # where so many samples take no more than SMALL_BYTES
+SMALL_BYTES = 16 << 20
 TUNING_LIMIT = 4096  # samples that tuning makes use of by default, fewer where they are large
 TUNING_BYTES = 512 << 20
 HELD_OUT_SHARE = 4  # every fourth sample
-MAX_HELD_OUT = 128
 DEFAULT_ERROR = 0.1  # predicted relative output error where no size is asked for
 
 
@@ -37,8 +38,8 @@ class QuantizeOptions:
         tune: "joint" tunes all codebooks together afterwards, "full" is the paper's recipe; both need torch.
         keep: Names of weights to leave as they are, with * and ?.
         only: Names of weights to quantize, with * and ?; all when empty.
-        limit: At most so many samples of ``data``; None is 256, with ``tune`` 4,096 or what takes 512 MiB. With
-            ``tune`` the layers are fitted on 256 of them, all others are for tuning.
+        limit: At most so many samples of ``data``; None is 256, or up to 1,024 that take 16 MiB, with ``tune`` up to
+            4,096 that take 512 MiB. With ``tune`` the layers are fitted on as many as without, all others tune.
         preprocess: How images are prepared.
         batch: Samples in a run.
         input_shapes: Sizes of inputs with open axes, for samples that come without them.

@@ -19,7 +19,7 @@ from onnxcompress.codebook.encoding import add_low_memory_hint, encode, overhead
 from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.offers import SHARED_BYTES, Curve, Estimate, Form, estimate_forms, form_text
-from onnxcompress.codebook.pooling import choose_pools, pool_of, with_pools
+from onnxcompress.codebook.pooling import choose_pools, is_shared, pool_of, with_pools
 from onnxcompress.codebook.resuming import Checkpoint
 from onnxcompress.codebook.shaving import NAMES_PAY, SMALL_FILE_BYTES, Shaving, shave
 from onnxcompress.codebook.statistics import Calibration
@@ -146,19 +146,19 @@ class Planner:
         self.layers, self.menus = list(layers), list(menus)
         self._sizes: dict[tuple[Shaving, tuple[Form, ...]], int] = {}
 
-    def _offers(self, shaving: Shaving, room: int | None) -> tuple[list[list[Offer]], int]:
+    def _offers(self, shaving: Shaving, room: int | None, *, sharing: bool = True) -> tuple[list[list[Offer]], int]:
         """What is on offer for each layer, and the bytes of the codebooks that layers share at this size."""
         offers = [[item.offer for item in menu.items] for menu in self.menus]
         pools = [
             [pool_of(layer, item.form) for item in menu.items]
             for layer, menu in zip(self.layers, self.menus, strict=True)
         ]
-        shared = choose_pools(offers, pools, room) if shaving == Shaving.PACKED else frozenset()
+        shared = choose_pools(offers, pools, room) if sharing and shaving == Shaving.PACKED else frozenset()
         return with_pools(offers, pools, shared), sum(pool.size_bytes for pool in shared)
 
-    def smallest(self, shaving: Shaving = Shaving.PACKED) -> Plan:
+    def smallest(self, shaving: Shaving = Shaving.PACKED, *, sharing: bool = True) -> Plan:
         """Everything as small as it gets."""
-        offers, _ = self._offers(shaving, None)
+        offers, _ = self._offers(shaving, None, sharing=sharing)
         return self._plan(allocate(offers, smallest_size(offers)), shaving)
 
     def within(self, budget_bytes: int) -> Plan:
@@ -179,6 +179,21 @@ class Planner:
             f"{budget_bytes} bytes cannot be reached: the smallest file is {plan.size_bytes} bytes ({reached:.1f}x)"
         )
 
+    def rivals(self, budget_bytes: int) -> list[Plan]:
+        """Plans for one size, of which none is the best for every network: the one expected to be first.
+
+        What a codebook for many layers costs is measured layer by layer, in the float net; that it leaves the layers
+        behind less to make up with is not seen there. So a plan that shares some has one without beside it.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        best = self.within(budget_bytes)
+        if not any(is_shared(form) for form in best.forms.values()):
+            return [best]
+        other = self._within(budget_bytes, best.shaving, sharing=False)
+        return [best] if other is None else [best, other]
+
     def _shavings(self, size_bytes: int) -> list[Shaving]:
         """What may be shaved off a file of this size, in the order of preference."""
         if size_bytes > SMALL_FILE_BYTES:
@@ -189,15 +204,15 @@ class Planner:
         short = [Shaving.NAMES, Shaving.PACKED]
         return short if plain - named >= NAMES_PAY * size_bytes else [Shaving.PLAIN, *short]
 
-    def _within(self, budget_bytes: int, shaving: Shaving) -> Plan | None:
-        least = self.smallest(shaving)
+    def _within(self, budget_bytes: int, shaving: Shaving, *, sharing: bool = True) -> Plan | None:
+        least = self.smallest(shaving, sharing=sharing)
         if least.size_bytes > budget_bytes:
             return None
         best = least
-        offers, fixed = self._offers(shaving, None)
+        offers, fixed = self._offers(shaving, None, sharing=sharing)
         room = budget_bytes - least.size_bytes + smallest_size(offers) + fixed
         for _ in range(MAX_CORRECTIONS):
-            offers, fixed = self._offers(shaving, room)
+            offers, fixed = self._offers(shaving, room, sharing=sharing)
             if room - fixed < smallest_size(offers):
                 break
             plan = self._plan(allocate(offers, room - fixed), shaving)
@@ -372,7 +387,7 @@ def _measured(layer: Layer, made: tuple[Curve, np.ndarray | None], meter: Damage
     curve, bias = made
     damage = None
     if meter is not None and not layer.in_body and curve.middle.form != "keep":
-        damage = meter.measure(layer, curve.decoded, bias)
+        damage = meter.measure([(layer, curve.decoded, bias)])
     forms = [[_written(one.form), one.size_bytes, one.error] for one in curve.estimates]
     return {
         "forms": forms,

@@ -16,7 +16,7 @@ import numpy as np
 from onnxcompress.codebook.allocation import Offer
 from onnxcompress.codebook.codebook import Choice
 from onnxcompress.codebook.layers import Layer
-from onnxcompress.codebook.offers import Form
+from onnxcompress.codebook.offers import VECTORS_PER_CODEWORD, Form
 from onnxcompress.codebook.sharing import Member, SharedCodebook, fit_shared, shared_error
 from onnxcompress.codebook.statistics import Calibration
 from onnxcompress.codebook.target import covariance
@@ -169,7 +169,8 @@ def measure_pools(
 
     How much worse it is than a codebook of a layer's own is no constant: for layers of three nets of ``models/`` the
     squared error was 0.17 to 22 times the estimate of ``offers.py``, most where sub-vectors are long and codewords few.
-    The smallest and the largest number of codewords are fitted, those between lie on a line of logarithms.
+    Of many sub-vectors the smallest and the largest number of codewords are fitted, those between lie on a line of
+    logarithms. Of few, each number is: a codebook that knows them all by heart says nothing about a smaller one.
 
     Args:
         graph: The outermost graph.
@@ -192,17 +193,20 @@ def measure_pools(
     for block, depthwise in sorted({(pool.block, pool.depthwise) for pool in known}):
         family = sorted(pool for pool in known if (pool.block, pool.depthwise) == (block, depthwise))
         users = [layer.name for layer in sharing if any(pool in offered[layer.name] for pool in family)]
-        ends = []
-        for pool in dict.fromkeys((family[0], family[-1])):
-            codebook = fit_shared([members[name] for name in users], block, pool.codewords, seed=seed)
-            ends.append({name: shared_error(members[name], codebook, swept=swept) for name in users})
-        few, many = (math.log2(family[end].codewords) for end in (0, -1))
+        vectors = sum(members[name].weight.size // block for name in users)
+        fitted: dict[int, dict[str, float]] = {}
+        for size in sorted({pool.codewords for pool in family}):
+            ends = size in (family[0].codewords, family[-1].codewords)
+            if ends or vectors < VECTORS_PER_CODEWORD * family[-1].codewords:
+                codebook = fit_shared([members[name] for name in users], block, size, seed=seed)
+                fitted[size] = {name: shared_error(members[name], codebook, swept=swept) for name in users}
         for name in users:
-            first, last = (max(end[name], TINY) for end in (ends[0], ends[-1]))
+            known_sizes = [math.log(size) for size in fitted]
+            errors = [math.log(max(its[name], TINY)) for its in fitted.values()]
             for pool in family:
                 if pool in offered[name]:
-                    way = (math.log2(pool.codewords) - few) / (many - few) if many > few else 0.0
-                    found[name][offered[name][pool]] = first ** (1 - way) * last**way
+                    error = math.exp(float(np.interp(math.log(pool.codewords), known_sizes, errors)))
+                    found[name][offered[name][pool]] = error
     return found
 
 

@@ -223,14 +223,13 @@ class _Job:
     def _run(self) -> QuantizeResult:
         planner = self._planner()
         if self.options.dry_run:
-            plan = self._first_plan(planner)
+            plan = self._plans(planner)[0]
             return self._result(plan, None, None, None, plan.size_bytes)
         assert self.output is not None
         if self.options.max_drop is not None:
             result = self._within_drop(planner, self.options.max_drop)
         else:
-            plan = self._first_plan(planner)
-            made, plan = self._quantize(planner, plan, lambda: self._first_plan(planner))
+            made, plan = self._quantize(planner, lambda: self._plans(planner))
             with self._staged(made, plan.shaving) as staged:
                 quality = self._judge(staged)
                 self._check_budget(staged.size_bytes)
@@ -283,10 +282,10 @@ class _Job:
             known = kept.get(menu.name, {})
             menu.correct({form: known[form_text(form)] for form in forms[menu.name] if form_text(form) in known})
 
-    def _meter(self) -> DamageMeter | None:
+    def _meter(self, samples: int = DAMAGE_SAMPLES) -> DamageMeter | None:
         if not self.layers:
             return None
-        few = first_samples(self.samples.held_out or self._others(), DAMAGE_SAMPLES)
+        few = first_samples(self.samples.held_out or self._others(), samples)
         return DamageMeter(self.graph, self.layers, few, self.runtime, self.options.custom_ops)
 
     def budget_bytes(self) -> int | None:
@@ -295,16 +294,19 @@ class _Job:
             return math.floor(self.original_bytes / self.options.ratio)
         return self.options.size_bytes
 
-    def _first_plan(self, planner: Planner) -> Plan:
+    def _plans(self, planner: Planner) -> list[Plan]:
+        """Those for what was asked for, the one expected to be the best first."""
         budget = self.budget_bytes()
-        if budget is None:
-            return planner.for_damage(DEFAULT_ERROR**2)
-        return planner.within(budget)
+        return [planner.for_damage(DEFAULT_ERROR**2)] if budget is None else planner.rivals(budget)
 
     def _check_budget(self, size_bytes: int) -> None:
         budget = self.budget_bytes()
         if budget is not None and size_bytes > budget:
             raise BudgetError(f"the file has {size_bytes} bytes, allowed {budget}: ask for {size_bytes}")
+
+    @staticmethod
+    def _plan_for_damage(planner: Planner, damage: float) -> list[Plan]:
+        return [planner.for_damage(damage)]
 
     def _within_drop(self, planner: Planner, limit: float) -> QuantizeResult:
         """The smallest file whose drop is allowed."""
@@ -314,8 +316,8 @@ class _Job:
         nearest: tuple[float, int] | None = None
         with contextlib.ExitStack() as stack:
             while not search.done:
-                replan = functools.partial(planner.for_damage, search.damage)
-                made, plan = self._quantize(planner, replan(), replan)
+                replan = functools.partial(self._plan_for_damage, planner, search.damage)
+                made, plan = self._quantize(planner, replan)
                 staged = stack.enter_context(self._staged(made, plan.shaving))
                 quality = self._judge(staged)
                 logger.info("%s bytes: %s drops by %.4f", staged.size_bytes, quality.criterion, quality.drop)
@@ -327,8 +329,7 @@ class _Job:
                 if plan.keeps_all:
                     break
             if best is None:  # the original itself drops by nothing
-                plan = planner.within(planner.original_bytes)
-                made, plan = self._quantize(planner, plan, lambda: plan)
+                made, plan = self._quantize(planner, lambda: [planner.within(planner.original_bytes)])
                 staged = stack.enter_context(self._staged(made, plan.shaving))
                 best = staged, self._result(plan, made, self._judge(staged), self.output, staged.size_bytes)
                 if nearest is not None:
@@ -340,15 +341,30 @@ class _Job:
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
-    def _quantize(self, planner: Planner, plan: Plan, replan: Callable[[], Plan]) -> tuple[Made, Plan]:
-        """All layers of a plan; a form that turns out impossible is planned around."""
+    def _quantize(self, planner: Planner, plans: Callable[[], list[Plan]]) -> tuple[Made, Plan]:
+        """All layers of the best of some plans; a form that turns out impossible is planned around."""
         while True:
             try:
-                return self._quantize_once(plan), plan
+                return self._best([(self._quantize_once(plan), plan) for plan in plans()])
             except ImpossibleForm as found:
                 self.notes.append(f"{found.name} cannot be stored as {form_text(found.form)}: {found.reason}")
                 planner.exclude(found.name, found.form)
-                plan = replan()
+
+    def _best(self, rivals: Sequence[tuple[Made, Plan]]) -> tuple[Made, Plan]:
+        """The one whose layers together change the outputs least, on samples that no fit has used."""
+        meter = self._meter(MAX_JUDGES) if len(rivals) > 1 else None
+        if meter is None:
+            return rivals[0]
+        layers = {layer.name: layer for layer in self.layers}
+        damages = [
+            meter.measure(
+                (layers[name], stored.decode(), stored.bias if layers[name].has_bias else None)
+                for name, (stored, _) in made.items()
+            )
+            for made, _ in rivals
+        ]
+        logger.info("damage of rival plans: %s", ", ".join(f"{damage:.4f}" for damage in damages))
+        return rivals[int(np.argmin(damages))]
 
     def _quantize_once(self, plan: Plan) -> Made:
         changed = [layer for layer in self.layers if plan.forms[layer.name] != "keep"]

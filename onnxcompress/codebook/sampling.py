@@ -14,6 +14,8 @@ from onnx import ModelProto
 from onnxcompress.codebook.options import (
     DEFAULT_LIMIT,
     HELD_OUT_SHARE,
+    SMALL_BYTES,
+    SMALL_LIMIT,
     TUNING_BYTES,
     TUNING_LIMIT,
     QuantizeOptions,
@@ -66,7 +68,8 @@ def read_samples(proto: ModelProto, options: QuantizeOptions) -> Samples:
     feeds = [feed for feed, _ in dataset.batches(size)]
     if len(dataset) < 32:
         notes.append(f"{len(dataset)} samples are few to calibrate with: 32 to 1,024 are better")
-    most = len(feeds) if options.tune == "none" else max(2, DEFAULT_LIMIT // size)
+    fitted = _up_to(SMALL_LIMIT, SMALL_BYTES, proto, options)
+    most = len(feeds) if options.tune == "none" else max(2, fitted // size)
     order = np.random.default_rng(options.seed).permutation(len(feeds))
     chosen = [feeds[i] for i in sorted(map(int, order[:most]))]
     more = [feeds[i] for i in sorted(map(int, order[most:]))]
@@ -135,10 +138,15 @@ def _limit(proto: ModelProto, options: QuantizeOptions) -> int:
     if options.limit is not None:
         return options.limit
     if options.tune == "none":
-        return DEFAULT_LIMIT
+        return _up_to(SMALL_LIMIT, SMALL_BYTES, proto, options)
+    return _up_to(TUNING_LIMIT, TUNING_BYTES, proto, options)
+
+
+def _up_to(most: int, size_bytes: int, proto: ModelProto, options: QuantizeOptions) -> int:
+    """So many samples as take so many bytes, at most ``most``, at least ``DEFAULT_LIMIT``."""
     shapes = [options.input_shapes.get(one.name, one.shape) for one in input_specs(proto)]
     known = [[size if isinstance(size, int) and size > 0 else SIZE_UNKNOWN for size in shape[1:]] for shape in shapes]
-    return max(DEFAULT_LIMIT, min(TUNING_LIMIT, TUNING_BYTES // (4 * sum(map(math.prod, known)) or 1)))
+    return max(DEFAULT_LIMIT, min(most, size_bytes // (4 * sum(map(math.prod, known)) or 1)))
 
 
 def _with_sizes(spec: InputSpec, sizes: Sequence[int] | None) -> InputSpec:

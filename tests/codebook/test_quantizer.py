@@ -220,12 +220,42 @@ def test_bytes_beside_the_weights_are_saved_where_it_matters(folder, runtime):
     assert result.after_bytes == (folder / "s.onnx").stat().st_size
 
 
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_rival_plan_that_changes_outputs_less_is_taken(folder, runtime, monkeypatch, better):
+    """A plan for half the size beside one for the size asked for, whichever comes first."""
+    within = Planner.within
+
+    def rivals(planner, budget):
+        plans = [within(planner, budget), within(planner, budget // 2)]
+        return plans if better == 0 else plans[::-1]
+
+    monkeypatch.setattr(Planner, "rivals", rivals)
+    found = quantize(folder / "m.onnx", folder / "two.onnx", data=str(folder / "x.npz"), size_bytes=6000, runtime=runtime)
+    assert 5000 < found.after_bytes <= 6000
+    assert found.after_bytes == (folder / "two.onnx").stat().st_size
+
+
+def test_a_plan_that_shares_codebooks_has_a_rival_that_does_not(folder, runtime, monkeypatch):
+    seen = []
+    rivals = Planner.rivals
+
+    def watched(planner, budget):
+        seen.extend(rivals(planner, budget))
+        return seen
+
+    monkeypatch.setattr(Planner, "rivals", watched)
+    quantize(folder / "m.onnx", folder / "r.onnx", data=str(folder / "x.npz"), size_bytes=6000, runtime=runtime)
+    shares = [any("shared" in form_text(form) for form in plan.forms.values()) for plan in seen]
+    assert shares == [True, False] and all(plan.size_bytes <= 6000 for plan in seen)
+
+
 def test_tuning_uses_more_samples_and_is_judged_on_none_of_them(folder, runtime, monkeypatch):
     pytest.importorskip("torch")
     from onnxcompress.codebook import sampling
     from onnxcompress.train import codebook_finetune
 
     monkeypatch.setattr(sampling, "DEFAULT_LIMIT", 48)
+    monkeypatch.setattr(sampling, "SMALL_LIMIT", 48)
     seen, tune = {}, codebook_finetune.tune
 
     def watched(graph, feeds, held_out, **wishes):

@@ -108,8 +108,28 @@ def test_every_layer_gets_the_errors_of_what_it_is_offered(tmp_path):
     assert {name: list(errors) for name, errors in found.items()} == offered
     assert all(list(errors.values()) == sorted(errors.values(), reverse=True) for errors in found.values())
     assert found["B"][forms[0]] > 5 * found["A"][forms[0]]
-    ends = found["A"][forms[0]], found["A"][forms[2]]
-    assert found["A"][forms[1]] == pytest.approx(np.sqrt(ends[0] * ends[1]))  # 64 is half-way from 16 to 256
+
+
+@pytest.mark.parametrize(("rows", "interpolated"), [(64, False), (3200, True)])
+def test_a_codebook_that_knows_all_sub_vectors_says_nothing_about_smaller_ones(tmp_path, rows, interpolated):
+    """256 sub-vectors for 256 codewords leave no error; from there to 16 codewords no line goes through 64."""
+    weights = {name: RNG.normal(size=(rows, 18)).astype(np.float32) for name in "AB"}
+    text = f"g (float[N,18] x) => (float[N,{rows}] y, float[N,{rows}] z)"
+    body = "{ y = Gemm<transB=1>(x, A) z = Gemm<transB=1>(x, B) }"
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model(f"{text} {body}", **weights).SerializeToString())
+    graph = load(path)
+    layers = find_layers(graph)[0]
+    forms = [Choice(9, size, "int8", True, True) for size in (16, 64, 256)]
+    samples = [{"x": RNG.normal(size=(64, 18)).astype(np.float32)}]
+    both = {"A": 1.0, "B": 1.0}
+    with Runtime() as runtime:
+        wishes = {"swept": False, "seed": 0, "runtime": runtime}
+        found = measure_pools(graph, layers, {name: forms for name in both}, both, samples, **wishes)["A"]
+    few, middle, many = (found[form] for form in forms)
+    assert (middle == pytest.approx(np.sqrt(few * many))) == interpolated  # 64 is half-way from 16 to 256
+    if not interpolated:
+        assert many < 1e-3 and middle > 0.2  # measured 3e-5 and 0.49
 
 
 def test_a_menu_takes_what_was_measured():
