@@ -230,7 +230,9 @@ def test_the_rival_plan_that_changes_outputs_less_is_taken(folder, runtime, monk
         return plans if better == 0 else plans[::-1]
 
     monkeypatch.setattr(Planner, "rivals", rivals)
-    found = quantize(folder / "m.onnx", folder / "two.onnx", data=str(folder / "x.npz"), size_bytes=6000, runtime=runtime)
+    found = quantize(
+        folder / "m.onnx", folder / "two.onnx", data=str(folder / "x.npz"), size_bytes=6000, runtime=runtime
+    )
     assert 5000 < found.after_bytes <= 6000
     assert found.after_bytes == (folder / "two.onnx").stat().st_size
 

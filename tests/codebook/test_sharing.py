@@ -125,7 +125,7 @@ def test_a_codebook_that_knows_all_sub_vectors_says_nothing_about_smaller_ones(t
     both = {"A": 1.0, "B": 1.0}
     with Runtime() as runtime:
         wishes = {"swept": False, "seed": 0, "runtime": runtime}
-        found = measure_pools(graph, layers, {name: forms for name in both}, both, samples, **wishes)["A"]
+        found = measure_pools(graph, layers, dict.fromkeys(both, forms), both, samples, **wishes)["A"]
     few, middle, many = (found[form] for form in forms)
     assert (middle == pytest.approx(np.sqrt(few * many))) == interpolated  # 64 is half-way from 16 to 256
     if not interpolated:
