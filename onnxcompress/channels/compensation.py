@@ -159,7 +159,7 @@ def _consumers(reader: Reader, statistics: Statistics, meter: DamageMeter | None
         parts = [noise[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
         error = sum(float(np.einsum("od,de,oe->", w, c, w)) for w, c in zip(parts, covariances, strict=True))
         if error > 0:
-            price = meter.measure(layer, (matrix + noise).astype(np.float32), None) / (error / energy)
+            price = meter.measure([(layer, (matrix + noise).astype(np.float32), None)]) / (error / energy)
     return [_Consumer(w, c, reader.columns, price / energy) for w, c in zip(blocks, covariances, strict=True)]
 
 
