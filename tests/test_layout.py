@@ -28,6 +28,7 @@ LAYERS = (
     ("pipeline",),
     ("codebook",),
     ("channels",),
+    ("resolution",),
     ("train",),
     ("cli",),
 )

@@ -57,9 +57,10 @@ class Sizes:
     Args:
         graph: Its nodes must stand in order.
         outer: The same for the graph that holds this one; its tensors are seen here too.
+        nodes: Those to visit now; all by default.
     """
 
-    def __init__(self, graph: Graph, outer: Sizes | None = None) -> None:
+    def __init__(self, graph: Graph, outer: Sizes | None = None, *, nodes: Iterable[Node] | None = None) -> None:
         self.graph = graph
         # Shared with the outer graphs: one unknown has one number.
         self._unknowns: dict[Hashable, int] = {} if outer is None else outer._unknowns
@@ -72,8 +73,8 @@ class Sizes:
         # Neighbouring sizes of a tensor whose Shape is taken, and where a node comes after that Shape: its window.
         self._neighbours: dict[tuple[Size, ...], Window] = {}
         self._windows: dict[Tensor, Window] = {}
-        for node in graph.nodes:
-            self._visit(node)
+        for node in graph.nodes if nodes is None else nodes:
+            self.visit(node)
 
     # -- questions ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,8 @@ class Sizes:
             return self.unknown((tensor, axis), not_negative=True)
         return self._alias[dim] if dim in self._alias else self.unknown(dim, not_negative=True)
 
-    def _visit(self, node: Node) -> None:
+    def visit(self, node: Node) -> None:
+        """Learn what a node tells; those before it were visited."""
         if not is_op(node, node.op) or not node.outputs:
             return
         if node.op in size_rules.SHAPES:
