@@ -3,10 +3,11 @@
     python tools/bench_quantize.py MODEL.onnx --data CALIBRATION --test SAMPLES --ratio 9x 19x 29x
     python tools/bench_quantize.py NET.onnx --data train.npz --test test.npz --ratio 10x 20x --tune none joint
 
-SAMPLES are such as no method saw. With labels the accuracy is shown, without them the agreement with the original. The
-feature error is ||F - F_q|| / ||F|| of what the last matrix product reads. Others: float16 weights, onnxruntime's int8
-(dynamic, static in QDQ form) and its 4-bit MatMulNBits. Each file is run by onnxruntime with its default optimizations.
-``plot_frontier.py`` draws what ``--json`` writes.
+SAMPLES are such as no method saw. The output that counts is the first of floats. With labels the accuracy is shown,
+without them the agreement with the original, with ``--cosine`` the mean cosine between embeddings (of a row a token,
+the mean over the tokens). The feature error is ||F - F_q|| / ||F|| of what the last matrix product reads. Others:
+float16 weights, onnxruntime's int8 (dynamic, static in QDQ form) and its 4-bit MatMulNBits. Each file is run by
+onnxruntime with its default optimizations. ``plot_frontier.py`` draws what ``--json`` writes.
 """
 
 from __future__ import annotations
@@ -63,19 +64,23 @@ class Row:
 class Bench:
     """Runs files on the test samples and compares them with the original."""
 
-    def __init__(self, path: Path, test: Dataset, runtime: Runtime) -> None:
+    def __init__(self, path: Path, test: Dataset, runtime: Runtime, *, cosine: bool = False) -> None:
         self.path, self.test, self.runtime = path, test, runtime
+        self.figure = "cosine" if cosine else "agreement" if test.labels is None else "accuracy"
         self.bytes = file_bytes(path)
         self.tap = feature_name(read_proto(path))
         self.expected = self.run(path, self.tap)
 
     def run(self, path: Path, tap: str | None) -> list[np.ndarray]:
+        """The first output of floats, and the tap where there is one."""
         proto = onnx.load(path)
         if tap is not None:
             proto.graph.output.append(ValueInfoProto(name=tap))
         feeds = (feed for feed, _ in self.test.batches(BATCH))
         results = self.runtime.run(proto.SerializeToString(), feeds, options=DEPLOYED)
-        return [np.concatenate([np.asarray(result[i]) for result in results]) for i in range(len(results[0]))]
+        first = next(i for i, values in enumerate(results[0]) if np.asarray(values).dtype.kind == "f")
+        outputs = (first, *((len(results[0]) - 1,) if tap is not None else ()))
+        return [np.concatenate([np.asarray(result[i]) for result in results]) for i in outputs]
 
     def row(self, name: str, path: Path, seconds: float) -> Row:
         proto = read_proto(path)
@@ -90,9 +95,14 @@ class Bench:
         return Row(name, size, self.bytes / size, feature, relative(self.expected[0], found[0]), quality, seconds)
 
     def quality(self, output: np.ndarray) -> float:
-        """Accuracy with labels, else agreement, for one number a sample else cosine."""
-        if self.test.labels is not None:
+        """Accuracy, agreement or cosine."""
+        if self.figure == "accuracy":
             return float(np.mean(output.argmax(axis=-1) == self.test.labels))
+        if self.figure == "cosine":
+            pairs = (rows.astype(np.float64) for rows in (output, self.expected[0]))
+            ours, theirs = (rows.mean(axis=1) if rows.ndim == 3 else rows for rows in pairs)
+            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            return float(np.mean((ours * theirs).sum(axis=1) / norms))
         return float(np.mean(output.argmax(axis=-1) == self.expected[0].argmax(axis=-1)))
 
 
@@ -171,6 +181,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune-limit", type=int, help="samples for tuning, those to calibrate included")
     parser.add_argument("--test-limit", type=int)
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cosine", action="store_true", help="the output is an embedding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -183,8 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
     calibration = load_data(wishes.data, inputs=specs, limit=wishes.limit, preprocess=wishes.preprocess)
     rows: list[Row] = []
     with Runtime(timeout_s=600) as runtime, tempfile.TemporaryDirectory() as folder:
-        bench = Bench(wishes.model, test, runtime)
-        quality = "accuracy" if test.labels is not None else "agreement"
+        bench = Bench(wishes.model, test, runtime, cosine=wishes.cosine)
+        quality = bench.figure
         print(f"{wishes.model.name}, {len(calibration)} samples to calibrate, {len(test)} to measure\n")
         print(f"{HEADER.format(quality=quality)}\n{RULE}")
 
