@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from onnxcompress.cli.options import LARGEST_SIZE, FilePath, InputShape, Size, shapes_by_name
+from onnxcompress.cli.reporting import check_report, report_option, with_provenance
 from onnxcompress.errors import RecipeError
 
 POSITIVE = click.IntRange(min=1)
@@ -72,9 +73,10 @@ class Parsed(click.ParamType[float]):
     type=click.Choice(["none", "joint", "full"]),
     default="none",
     show_default=True,
-    help="Tune all codebooks together, without labels, in about two minutes for a small net; needs torch. Stopped "
-    "while tuning, a run goes on with the layers done, and tunes from the beginning to the same bytes.",
+    help="Tune all codebooks together, without labels, in about two minutes for a small net; needs torch. full is the "
+    "published recipe: each layer, then all.",
 )
+@click.option("--tune-steps", type=POSITIVE, help="Steps of tuning all together [default: what takes two minutes].")
 @click.option(
     "--optimize/--no-optimize",
     default=None,
@@ -103,7 +105,7 @@ class Parsed(click.ParamType[float]):
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same bytes.")
 @click.option("--resume/--no-resume", default=True, help="Go on with a run that was stopped (default).")
 @click.option("--dry-run", is_flag=True, help="Show the plan: sizes are exact, errors predicted. Writes nothing.")
-@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(
@@ -128,8 +130,7 @@ def command(
 
     if target is not None and output is not None:
         raise RecipeError(f"the output is named twice: {target} and {output}")
-    if report is not None:
-        reports.check_suffix(report)
+    check_report(report)
     shapes = shapes_by_name(input_shapes)
     options = QuantizeOptions(**wishes, input_shapes=shapes)
     place = output or target or source.with_name(f"{source.stem}.quantized{source.suffix}")
@@ -145,7 +146,7 @@ def command(
             raise KeyboardInterrupt(f"resume with: {again}") from stop
     found = {**result.as_dict(), "environment": reports.environment()}
     if report is not None:
-        reports.write_quantization(report, found)
+        reports.write_quantization(report, with_provenance(found, "quantize", source, result.output))
     if as_json:
         click.echo(json.dumps(found, indent=1))
     elif not quiet:

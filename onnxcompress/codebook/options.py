@@ -36,6 +36,7 @@ class QuantizeOptions:
         metric: See ``onnxcompress.validation.metrics``.
         method: "sweep" does everything, "em" stops after the codebooks, "kmeans" and "bgd" are baselines.
         tune: "joint" tunes all codebooks together afterwards, "full" is the paper's recipe; both need torch.
+        tune_steps: Of the joint part, 32 samples each; None is what takes about two minutes on one core.
         keep: Names of weights to leave as they are, with * and ?.
         only: Names of weights to quantize, with * and ?; all when empty.
         limit: At most so many samples of ``data``; None is 256, or up to 1,024 that take 16 MiB, with ``tune`` up to
@@ -60,6 +61,7 @@ class QuantizeOptions:
     metric: str | None = None
     method: Method = "sweep"
     tune: Tune = "none"
+    tune_steps: int | None = None
     keep: Sequence[str] = ()
     only: Sequence[str] = ()
     limit: int | None = None
@@ -90,6 +92,8 @@ class QuantizeOptions:
                 raise RecipeError(f"{name} {value!r}: must be one of {', '.join(known)}")
         if self.tune != "none" and self.data == "none":
             raise RecipeError(f"--tune {self.tune} needs samples: give --data")
+        if self.tune_steps is not None and self.tune == "none":
+            raise RecipeError(f"{self.tune_steps} steps of tuning, and no tuning is asked for: give --tune joint")
         if self.metric is not None and self.val is None:
             raise RecipeError(f"metric {self.metric} needs samples of its own: give --val")
 

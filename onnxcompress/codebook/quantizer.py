@@ -6,7 +6,8 @@
 3. layers      in execution order, each aimed at the float net on the input that the quantized net gives it
 4. file        written, reloaded, measured on samples that no fit has used, then renamed into place
 
-A run that is stopped goes on where it was: menus and layers are kept beside the output until it is there.
+A run that is stopped goes on where it was: menus, layers and the state of tuning are kept beside the output until it
+is there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -230,7 +232,7 @@ class _Job:
             result = self._within_drop(planner, self.options.max_drop)
         else:
             made, plan = self._quantize(planner, lambda: self._plans(planner))
-            with self._staged(made, plan.shaving) as staged:
+            with self._staged(made, plan) as staged:
                 quality = self._judge(staged)
                 self._check_budget(staged.size_bytes)
                 result = self._result(plan, made, quality, self.output, staged.size_bytes)
@@ -318,7 +320,7 @@ class _Job:
             while not search.done:
                 replan = functools.partial(self._plan_for_damage, planner, search.damage)
                 made, plan = self._quantize(planner, replan)
-                staged = stack.enter_context(self._staged(made, plan.shaving))
+                staged = stack.enter_context(self._staged(made, plan))
                 quality = self._judge(staged)
                 logger.info("%s bytes: %s drops by %.4f", staged.size_bytes, quality.criterion, quality.drop)
                 if search.tell(quality.drop):
@@ -330,7 +332,7 @@ class _Job:
                     break
             if best is None:  # the original itself drops by nothing
                 made, plan = self._quantize(planner, lambda: [planner.within(planner.original_bytes)])
-                staged = stack.enter_context(self._staged(made, plan.shaving))
+                staged = stack.enter_context(self._staged(made, plan))
                 best = staged, self._result(plan, made, self._judge(staged), self.output, staged.size_bytes)
                 if nearest is not None:
                     drop, size = nearest
@@ -404,7 +406,7 @@ class _Job:
         wishes = {**self._calibration_wishes(), "runtime": self.runtime}
         return fit_pools(self.graph, self.layers, plan.forms, importance, self.samples.fit[:MENU_BATCHES], **wishes)
 
-    def _staged(self, made: Made, shaving: Shaving) -> StagedFile:
+    def _staged(self, made: Made, plan: Plan) -> StagedFile:
         """Write the file beside its place, with what was made in it."""
         assert self.output is not None
         self.report(Progress("writing"))
@@ -414,12 +416,12 @@ class _Job:
                 if layer.name in made:
                     encode(graph, layer, _without_idle_bias(layer, made[layer.name][0]))
             if self.options.tune != "none":
-                self._tune(graph)
-            finish(graph, shaving)
+                self._tune(graph, plan)
+            finish(graph, plan.shaving)
         return StagedFile(graph, self.output)
 
-    def _tune(self, graph: Graph) -> None:
-        tune = _tuner()
+    def _tune(self, graph: Graph, plan: Plan) -> None:
+        tuner = _tuner()
         self.report(Progress("tuning"))
 
         def step(state: Any) -> None:
@@ -430,7 +432,18 @@ class _Job:
         count = min(len(more) // TUNING_JUDGES, MAX_JUDGES // max(1, batch_size(self.samples.all[0])))
         deciding, others = more[:count], more[count:]
         fit, judged = [*self.samples.fit, *others], deciding or self.samples.held_out
-        done = tune(graph, fit, judged, reference_model=self.base, mode=self.options.tune, progress=step)
+        identity = {"plan": plan.digest, "tune": self.options.tune, "steps": self.options.tune_steps}
+        folder = self.checkpoint.folder
+        done = tuner.tune(
+            graph,
+            fit,
+            judged,
+            reference_model=self.base,
+            mode=self.options.tune,
+            settings=tuner.TuneSettings(steps=self.options.tune_steps),
+            checkpoint=None if folder is None else tuner.Checkpoint(folder / f"tuning-{plan.digest}", identity),
+            progress=step,
+        )
         self.notes.append(
             f"tuned for {done.steps} steps on {sample_count(fit)} samples: relative error {done.before:.4f} -> "
             f"{done.after:.4f} on {sample_count(judged)} others; errors of layers are those before"
@@ -481,12 +494,12 @@ class _Job:
         )
 
 
-def _tuner() -> Callable[..., Any]:
+def _tuner() -> ModuleType:
     try:
-        from onnxcompress.train.codebook_finetune import tune
+        from onnxcompress.train import codebook_finetune
     except ImportError as error:
         raise RecipeError("--tune needs torch: pip install onnxcompress[train]") from error
-    return tune
+    return codebook_finetune
 
 
 def _without_idle_bias(layer: Layer, stored: Stored) -> Stored:

@@ -32,6 +32,7 @@ from onnxcompress.model_io import load
 from onnxcompress.patterns.decoded_weights import CodebookWeight, find_codebooks
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.batches import Batch, Batches
+from onnxcompress.train.checkpoint import Checkpoint
 from onnxcompress.train.loop import Evaluation, Progress, TrainSettings, train
 from onnxcompress.train.losses import relative_mse
 from onnxcompress.train.torch_graph import TorchGraph
@@ -47,6 +48,7 @@ _PASSES = 4  # a forward pass of the teacher, and one forward and backward of th
 _STEPS = (100, 800)
 _EPOCHS = 30
 _VALIDATIONS = 8
+_STEPS_BETWEEN_VALIDATIONS = 200  # at most
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def tune(
     reference_model: str | Path,
     mode: Literal["joint", "full"] = "joint",
     settings: TuneSettings | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> TuneResult:
     """Tune the codebooks of ``graph`` in place.
@@ -111,6 +114,7 @@ def tune(
         reference_model: The float model with the same interface.
         mode: See the top of this module.
         settings: How long and how fast.
+        checkpoint: Where the state of the joint part is kept, and taken up from.
         progress: Called after each step.
 
     Raises:
@@ -143,6 +147,7 @@ def tune(
         objective,
         settings=_train_settings(settings, total, freeze_statistics=mode == "joint"),
         evaluation=evaluation,
+        checkpoint=checkpoint,
         groups=student.groups(settings.rate),
         on_gradients=student.average_gradients if mode == "full" else None,
         progress=progress,
@@ -381,7 +386,7 @@ def _train_settings(settings: TuneSettings, steps: int, *, freeze_statistics: bo
         warmup=0.1,
         clip_norm=None,
         freeze_statistics=freeze_statistics,
-        eval_every=max(1, steps // _VALIDATIONS),
+        eval_every=min(max(1, steps // _VALIDATIONS), _STEPS_BETWEEN_VALIDATIONS),
         patience=settings.patience,
         seed=settings.seed,
     )

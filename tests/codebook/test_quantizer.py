@@ -262,11 +262,11 @@ def test_tuning_uses_more_samples_and_is_judged_on_none_of_them(folder, runtime,
 
     def watched(graph, feeds, held_out, **wishes):
         seen.update(fit=feeds, judged=held_out)
-        return tune(graph, feeds, held_out, settings=codebook_finetune.TuneSettings(steps=80), **wishes)
+        return tune(graph, feeds, held_out, **wishes)
 
     monkeypatch.setattr(codebook_finetune, "tune", watched)
     wishes = {"data": str(folder / "x.npz"), "size_bytes": 4000, "runtime": runtime}
-    tuned = quantize(folder / "m.onnx", folder / "t.onnx", tune="joint", **wishes)
+    tuned = quantize(folder / "m.onnx", folder / "t.onnx", tune="joint", tune_steps=80, **wishes)
     assert (tuned.calibration_samples, tuned.held_out_samples) == (36, 12)
     assert [sum(len(feed["x"]) for feed in seen[part]) for part in ("fit", "judged")] == [36 + 44, 4]
     assert any("tuned for 80 steps on 80 samples" in note and "on 4 others" in note for note in tuned.notes)
@@ -352,6 +352,36 @@ def test_a_damaged_step_is_done_again(tmp_path):
     (tmp_path / "c" / "layer.npz").write_bytes(b"PK\x03\x04 cut short")
     (tmp_path / "c" / "figures.json").write_text("{")
     assert checkpoint.load_layer("layer") is None and checkpoint.load("figures") is None
+
+
+def test_a_run_that_is_killed_while_tuning_goes_on_there(folder, runtime, monkeypatch):
+    pytest.importorskip("torch")
+    from onnxcompress.train import loop
+
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    wishes = {"data": str(folder / "x.npz"), "size_bytes": 4000, "runtime": runtime, "tune": "joint", "tune_steps": 60}
+    quantize(folder / "m.onnx", folder / "whole.onnx", **wishes)
+    tuned = []
+
+    def watch(state, last):
+        if state.step == "tuning" and state.total:
+            tuned.append(state.done)
+            if state.done == last:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder / "m.onnx", folder / "cut.onnx", progress=lambda state: watch(state, 40), **wishes)
+    assert not (folder / "cut.onnx").exists() and tuned[-1] == 40
+    tuned.clear()
+    quantize(folder / "m.onnx", folder / "cut.onnx", progress=lambda state: watch(state, None), **wishes)
+    assert 30 < tuned[0] <= 41 and tuned[-1] == 60
+    assert (folder / "cut.onnx").read_bytes() == (folder / "whole.onnx").read_bytes()
+    assert not checkpoint_folder(folder / "cut.onnx").exists()
+
+
+def test_steps_of_tuning_without_tuning_are_refused():
+    with pytest.raises(RecipeError, match="40 steps of tuning, and no tuning is asked for: give --tune joint"):
+        QuantizeOptions(data="x.npz", tune_steps=40)
 
 
 def _double(array, factor):
