@@ -64,6 +64,8 @@ class RunOptions:
         custom_ops: Shared library with custom operators. It runs with the rights of the child process: trust it.
         disabled_optimizers: Names of onnxruntime's own rewrites to leave out, such as "ConstantFolding".
         session_config: Entries for ``SessionOptions.add_session_config_entry``.
+        optimized_model: Where onnxruntime writes the model as it has optimized it; the entry
+            "session.save_model_format" says whether as "ONNX" or as "ORT".
     """
 
     optimization: str = "off"
@@ -71,6 +73,7 @@ class RunOptions:
     custom_ops: Path | None = None
     disabled_optimizers: tuple[str, ...] = ()
     session_config: Mapping[str, str] = field(default_factory=dict)
+    optimized_model: Path | None = None
 
     def __post_init__(self) -> None:
         if self.optimization not in LEVELS:
@@ -327,6 +330,7 @@ def _settings(options: RunOptions, config: Mapping[str, str] | None = None) -> d
         "threads": options.threads,
         "custom_ops": None if options.custom_ops is None else os.path.abspath(options.custom_ops),
         "disabled": list(options.disabled_optimizers),
+        "optimized_model": None if options.optimized_model is None else os.path.abspath(options.optimized_model),
         "config": {**(config or {}), **options.session_config},
     }
 

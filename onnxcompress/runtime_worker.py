@@ -175,6 +175,8 @@ class Worker:
             settings.inter_op_num_threads = 1
             for key, value in options["config"].items():
                 settings.add_session_config_entry(key, value)
+            if options["optimized_model"]:
+                settings.optimized_model_filepath = options["optimized_model"]
             if options["custom_ops"]:
                 settings.register_custom_ops_library(options["custom_ops"])
             session = ort.InferenceSession(

@@ -30,6 +30,7 @@ LAYERS = (
     ("channels",),
     ("resolution",),
     ("train",),
+    ("deployment",),
     ("cli",),
 )
 

@@ -29,6 +29,7 @@ VERBS = (
     "inspect",
     "bench",
     "view",
+    "deploy",
     "export",
     "finetune",
     "prune-depth",
