@@ -213,13 +213,23 @@ class Given:
         return build_supernet(self.graph, blocks, flows=self.options.flows)
 
     def scorer(self, twin: TorchGraph, supernet: Supernet, supervision: Supervision) -> SubnetScorer:
+        """Scores subnets: on some of the validation samples where the best are judged again on all."""
         assert supervision.metric is not None and supervision.expected is not None
+        validation, expected = self.validation, supervision.expected
+        sizes = [max((len(value) for value in feeds.values() if value.dim()), default=1) for feeds in validation]
+        wanted = max(1, round(self.options.ranking / max(sizes)))
+        if self.options.shortlists and wanted < len(validation) and sum(sizes) == len(expected):
+            starts = np.cumsum([0, *sizes])
+            # Evenly spread: a file may be sorted by class.
+            chosen = [number * len(validation) // wanted for number in range(wanted)]
+            expected = np.concatenate([expected[starts[number] : starts[number + 1]] for number in chosen])
+            validation = [validation[number] for number in chosen]
         return SubnetScorer(
             twin,
             supernet.lambdas,
             self.calibration,
-            self.validation,
-            Judge(supervision.metric, supervision.output, supervision.expected),
+            validation,
+            Judge(supervision.metric, supervision.output, expected),
             jobs=self.options.jobs,
             dask=self.options.dask,
         )

@@ -53,6 +53,7 @@ class DepthOptions:
         ramp: How the chosen blocks fade from the original weights; None for the usual one.
         search: How to look for them.
         shortlist: So many of the best subnets of a fitted supernet are fitted as a whole, and judged again.
+        ranking: Where there is a shortlist, subnets are ranked for it on so many of the validation samples, about.
         calibration: Samples that BatchNormalization is estimated from.
         jobs: Processes for the search; None for one a processor.
         dask: Address of a Dask scheduler instead.
@@ -84,6 +85,7 @@ class DepthOptions:
     ramp: Ramp | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
     shortlist: int = 8
+    ranking: int = 512
     calibration: int = 256
     jobs: int | None = None
     dask: str | None = None
@@ -120,8 +122,16 @@ class DepthOptions:
             raise RecipeError(f"supernet epochs {self.supernet_epochs:g}: expected more than 0")
         if self.shortlist < 1:
             raise RecipeError(f"shortlist {self.shortlist}: expected at least 1")
+        if self.ranking < 1:
+            raise RecipeError(f"ranking {self.ranking}: expected at least 1 sample")
         if self.calibration < 2:
             raise RecipeError(f"calibration {self.calibration}: expected at least 2 samples")
+
+    @property
+    def shortlists(self) -> bool:
+        """Whether the best subnets of the search are fitted as a whole before one is taken."""
+        fitted = self.supernet == self.start == "fitted" and "supernet" in self.stages
+        return fitted and self.shortlist > 1 and self.search.method != "random"
 
     @property
     def offers_deletions(self) -> bool:

@@ -221,9 +221,10 @@ class _Job:
             ),
             "metric": supervision.metric.name,
         }
-        cache = ScoreCache(self.given.folder / "scores.json", identity, resume=options.resume)
+        ranked = {**identity, "ranking": options.ranking if options.shortlists else None}
+        cache = ScoreCache(self.given.folder / "scores.json", ranked, resume=options.resume)
         fitted: Evaluate | None = None
-        if options.supernet == options.start == "fitted" and "supernet" in options.stages and options.shortlist > 1:
+        if options.shortlists:
             whole = ScoreCache(self.given.folder / "fits.json", identity, resume=options.resume)
             assert supervision.expected is not None
             judge = Judge(supervision.metric, supervision.output, supervision.expected)
@@ -245,7 +246,7 @@ class _Job:
         reached = math.inf
         for _ in range(_ROUNDS):
             found = search(budget, evaluate, settings, progress=told)
-            if fitted is not None and settings.method != "random":
+            if fitted is not None:
                 found = self._best_fitted(found, offers, fitted)
             if goal.kind == "blocks":
                 return found

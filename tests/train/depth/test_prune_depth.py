@@ -95,6 +95,22 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.parametrize(("options", "samples"), [(OPTIONS, 128), (PAPER, None)])
+def test_a_search_with_a_shortlist_ranks_on_some_of_the_samples(tmp_path, monkeypatch, options, samples):
+    seen = []
+
+    def watched(scorer, wanted, report):
+        found = [len(next(iter(feeds.values()))) for feeds in scorer.validation]
+        assert len(scorer.judge.expected) == sum(found)
+        seen.append(sum(found))
+        report(dict.fromkeys(wanted, 0.5))
+
+    monkeypatch.setattr("onnxcompress.train.depth.scoring.SubnetScorer.__call__", watched)
+    wishes = replace(options, stages=("supernet", "search"), ranking=128, training=replace(options.training, steps=1))
+    prune_depth(DEIT, tmp_path / "out.onnx", wishes)
+    assert set(seen) == {samples or 599}  # all of them in the paper's way
+
+
 def stop_at(step, total):
     def progress(now):
         if now.total == total and now.step == step:
@@ -276,7 +292,7 @@ RUN = [str(DEIT), "-o", "out.onnx", "--data", "sklearn:digits:train", "--val", "
         ([*RUN, "--blocks", "1", "--block", "conv"], "block 'conv': expected the names of its first and last node"),
         ([*RUN, "--blocks", "1", "--block", "a:b"], "there is no node 'a'"),
         ([*RUN, "--blocks", "1", "--batch", "1"], "BatchNormalization would see 1 sample at a time"),
-        ([*RUN, "--blocks", "1", "--report", "out.txt"], "the name must end in .json or .md"),
+        ([*RUN, "--blocks", "1", "--report", "out.txt"], "the name must end in"),
         ([*RUN, "--list-blocks", "--dry-run"], "two things to print"),
         ([*RUN[:3], "--blocks", "1"], "give --data and --val"),
         ([str(DEIT), "--blocks", "1"], "there is no output: give -o OUT"),
