@@ -358,6 +358,14 @@ def node_macs(node: Node) -> tuple[int, bool]:
             return 0, False
         inner = left[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else left[-1]
         return math.prod(out) * inner, exact_left and exact_out
+    if is_op(node, "Resize", "Upsample") and node.attrs.get("mode") in ("linear", "cubic"):
+        source, exact_source = known_shape(node.inputs[0])
+        out, exact_out = known_shape(node.outputs[0])
+        if source is None or out is None:
+            return 0, False
+        near = 2 if node.attrs["mode"] == "linear" else 4  # neighbours along each axis that is resized
+        resized = sum(a != b for a, b in zip(source, out, strict=True))
+        return math.prod(out) * near**resized if resized else 0, exact_source and exact_out
     if is_op(node, "LSTM", "GRU", "RNN"):
         source, exact = known_shape(node.inputs[0])
         w, r = static_shape(node.inputs[1]), static_shape(node.inputs[2])

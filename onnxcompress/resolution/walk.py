@@ -7,7 +7,7 @@ it was. A node none of whose inputs changes needs no rule; one that has none, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,7 +50,7 @@ class Walk:
     """
 
     graph: Graph
-    free: frozenset[int] = frozenset()
+    free: Collection[int] = ()
     axes: dict[Tensor, Axes] = field(default_factory=dict)
     follows: set[Tensor] = field(default_factory=set)
     repairs: list[Repair] = field(default_factory=list)
@@ -93,7 +93,13 @@ class Walk:
 
     def refuse(self, node: Node, why: str) -> ModelError:
         """The error that says why this graph works at its own resolution only."""
-        return ModelError(f"the resolution cannot be changed: {node.op} {name_of(node)!r} {why}")
+        return self.refusal(f"{node.op} {name_of(node)!r} {why}")
+
+    def refusal(self, why: str) -> ModelError:
+        """The same where it is no node's fault."""
+        for size in self.free:
+            why = why.replace(str(size), "N")
+        return ModelError(f"the resolution cannot be changed: {why}")
 
     def set(self, tensor: Tensor, axes: Axes) -> None:
         self.axes[tensor] = axes
@@ -132,9 +138,7 @@ class Walk:
 Rule = Callable[[Walk, Node], None]
 
 
-def walk(
-    graph: Graph, start: Mapping[Tensor, Axes], rules: Mapping[str, Rule], *, free: frozenset[int] = frozenset()
-) -> Walk:
+def walk(graph: Graph, start: Mapping[Tensor, Axes], rules: Mapping[str, Rule], *, free: Collection[int] = ()) -> Walk:
     """Follow sizes through a graph; the shapes of its tensors become the new ones.
 
     Args:
