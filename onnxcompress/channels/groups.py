@@ -242,6 +242,7 @@ class MacsModel:
     def __init__(self, channels: Channels) -> None:
         self.channels = channels
         self._nodes: list[tuple[float, tuple[np.ndarray, ...]]] = []
+        self._names: list[str] = []
         self._near: dict[str, list[int]] = {}
         known = {work.node: work for work in channels.works}
         self._fixed = float(count(channels.graph).macs)  # nested graphs included
@@ -255,6 +256,7 @@ class MacsModel:
             for atom in {atom for factor in factors for atom in np.unique(factor).tolist()}:
                 by_atom.setdefault(atom, set()).add(len(self._nodes))
             self._nodes.append((macs, factors))
+            self._names.append(name_of(node))
         for group in channels.groups:
             self._near[group.name] = sorted({n for atom in group.atoms for n in by_atom.get(atom, ())})
 
@@ -265,6 +267,11 @@ class MacsModel:
     def macs_of(self, gone: np.ndarray) -> float:
         """MACs without atoms, (atoms + 1,) bool."""
         return self._fixed + sum(self._macs(number, gone) for number in range(len(self._nodes)))
+
+    def macs_by_node(self, removed: Removed) -> dict[str, float]:
+        """MACs without these channels, of each node that channels have a say in."""
+        gone = self.channels.gone(removed)
+        return {name: self._macs(number, gone) for number, name in enumerate(self._names)}
 
     def macs_near(self, gone: np.ndarray, group: Group) -> float:
         """MACs of the nodes that the channels of a group touch."""

@@ -34,6 +34,7 @@ VERBS = (
     "finetune",
     "prune-depth",
     "prune-width",
+    "prune-scale",
 )
 
 

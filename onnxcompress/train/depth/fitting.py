@@ -119,6 +119,20 @@ def fit_blocks(
     return fits
 
 
+def fit_outputs(twin: TorchGraph, original: TorchGraph, calibration: Sequence[Feeds]) -> list[BlockFit]:
+    """Fit the last linear operator in front of each output to what another network gives there.
+
+    Args:
+        twin: Its numbers are changed.
+        original: Has outputs of the same names and shapes.
+        calibration: Feeds.
+    """
+    twin.eval()
+    graph = twin.graph
+    parts = [_Part(str(out.name), read_branch(graph, out, None).steps, str(out.name)) for out in graph.outputs]
+    return [_fit_part(twin, part, original, calibration)[0] for part in parts]
+
+
 def fit_supernet(
     supernet: Supernet,
     original: TorchGraph,

@@ -1,0 +1,644 @@
+"""``prune-scale``: prune depth, width and resolution of an .onnx file together.
+
+    ladders    in which order blocks and channels go, and how many pixels can; the MACs of every triple
+    collect    networks pruned along each axis alone, in rounds, and a few that are pruned along several
+    predict    the figure of every triple, by a product of three fits and what the others say of it
+    choose     the best triple within the goal
+    train      the original pruned to it, fitted, trained with distillation
+    merge      the ordinary passes; onnxruntime confirms the result
+
+Ladders, points and the training are kept in the checkpoint folder: a run that was stopped goes on with the same
+command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onnxcompress.channels.allocation import Limits
+from onnxcompress.channels.compensation import rank_by_data
+from onnxcompress.channels.groups import find_channels
+from onnxcompress.channels.ranking import magnitudes
+from onnxcompress.codebook.workers import processors
+from onnxcompress.cost import count
+from onnxcompress.errors import EquivalenceError, OnnxCompressError, RecipeError
+from onnxcompress.graph import Graph
+from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures
+from onnxcompress.model_io import StagedFile, save, to_proto
+from onnxcompress.optimizer import check_target
+from onnxcompress.runtime import REFERENCE
+from onnxcompress.train.checkpoint import Checkpoint, difference, digest
+from onnxcompress.train.depth.costs import merge
+from onnxcompress.train.depth.given import TIMING_S
+from onnxcompress.train.depth.offers import BudgetError
+from onnxcompress.train.depth.preparation import copy_graph
+from onnxcompress.train.depth.search import write_whole
+from onnxcompress.train.loop import Progress as StepProgress
+from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, scale, structure, width_ladder
+from onnxcompress.train.scale.collecting import WAY_OUT, Collector, axis_points, point_at
+from onnxcompress.train.scale.given import Given
+from onnxcompress.train.scale.making import Made, move_weights, prune, train_graph
+from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOptions, ScalePlan, ScaleResult
+from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
+from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
+from onnxcompress.train.scale.solving import Levels, cross_check
+from onnxcompress.train.scale.timing import LatencyTable
+from onnxcompress.train.supervision import Supervision
+from onnxcompress.train.torch_graph import TorchGraph
+from onnxcompress.validation.equivalence import Reference, for_runtime, read_model, run_model
+from onnxcompress.validation.judge import METRIC_TOLERANCE
+from onnxcompress.validation.signature import interface_differences
+
+logger = logging.getLogger(__name__)
+
+HOPE = 1.0  # standard deviations that a candidate is credited with
+_COMPARED_BATCHES = 8
+_TRIALS = 8  # triples that are built or timed before the goal is given up
+
+Say = Callable[[Progress], None]
+StepSay = Callable[[StepProgress], None]
+Shrink = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def prune_scale(
+    source: Path,
+    output: Path,
+    options: ScaleOptions,
+    *,
+    chosen: Levels | None = None,
+    progress: Say | None = None,
+    steps: StepSay | None = None,
+) -> ScaleResult:
+    """Prune a model file along several axes.
+
+    Args:
+        source: The model.
+        output: Where the result goes; may be ``source``.
+        options: How.
+        chosen: A triple of levels to prune to, without looking for one.
+        progress: Told where the run stands.
+        steps: Called after each step of the last training.
+
+    Raises:
+        RecipeError: The settings conflict with each other, the model or a checkpoint.
+        DataError: The data does not fit the model, or there is none.
+        ModelError: The model cannot be read, or holds an operator that cannot be trained through.
+        BudgetError: The goal is out of reach.
+        TrainingError: The loss is no number any more.
+        EquivalenceError: onnxruntime does not confirm the result.
+    """
+    check_target(output)
+    folder = options.checkpoint or output.with_name(f"{output.name}.checkpoint")
+    with Given(source, options) as given:
+        return Job(given, folder, progress, steps).run(output, chosen)
+
+
+def plan_scale(source: Path, options: ScaleOptions, *, progress: Say | None = None) -> ScalePlan:
+    """What ``prune_scale`` would do; nothing is written."""
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder, Given(source, options) as given:
+        return Job(given, Path(folder), progress).plan()
+
+
+class Job:
+    """One model on its way.
+
+    Args:
+        given: Model and samples.
+        folder: For the state of the run.
+        progress: Told where the run stands.
+        steps: Called after each step of the last training.
+    """
+
+    def __init__(self, given: Given, folder: Path, progress: Say | None = None, steps: StepSay | None = None) -> None:
+        self.given, self.folder, self.steps = given, folder, steps
+        self.start = time.monotonic()
+        self._told = progress or (lambda now: None)
+        options = given.options
+        assert options.goal is not None
+        self.options, self.goal = options, options.goal
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.say("reading the model")
+        self.ladders = self._ladders()
+        self.table = count_all(given.graph, self.ladders, float(given.figures.macs))
+        self.latency: LatencyTable | None = None
+        if self.goal.kind == "latency":
+            self.latency = LatencyTable(
+                self.table,
+                self.merged,
+                self.compare,
+                self.folder / "latency.json",
+                resume=options.resume,
+                say=self.say,
+            )
+            self.table = self.latency.table
+        self.limit = self.goal.limit(self.table.original)
+
+    def say(self, text: str) -> None:
+        self._told(Progress(text, 0, 0, None))
+
+    def run(self, output: Path, chosen: Levels | None = None) -> ScaleResult:
+        decision = None
+        if chosen is None:
+            decision = self.decide()
+            chosen = decision.chosen
+        return self._finish(output, chosen, decision)
+
+    # -- ladders -------------------------------------------------------------------------------------------------------
+
+    def _ladders(self) -> Ladders:
+        """Of an earlier run of the same settings, or made now."""
+        path = self.folder / "ladders.json"
+        identity = json.loads(json.dumps(self.given.identity()))
+        if self.options.resume and path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                theirs, ladders = found["identity"], Ladders.from_dict(found["ladders"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RecipeError(f"the ladders {path} cannot be read ({error}): {WAY_OUT}") from error
+            changed = difference(theirs, identity)
+            if changed:
+                raise RecipeError(f"the ladders {path} are of another run: {changed}; {WAY_OUT}")
+            return ladders
+        ladders = self._make_ladders()
+        write_whole(path, json.dumps({"identity": identity, "ladders": ladders.as_dict()}))
+        return ladders
+
+    def _make_ladders(self) -> Ladders:
+        options, graph = self.options, self.given.graph
+        refusals: dict[str, str] = {}
+        ladders = Ladders()
+        # An axis alone has to reach the goal: further levels are of no use. Latency falls less than MACs do.
+        share = self.goal.amount if self.goal.relative else self.goal.amount / self.given.figures.macs
+        least = (share if self.goal.kind == "macs" else 0.5 * share) * self.given.figures.macs
+        if "depth" in options.axes:
+            blocks, whole = residual_blocks(graph, only=options.only, skip=options.skip)
+            if blocks:
+                ladders = replace(ladders, blocks=tuple(rank_blocks(self.given, blocks, self.say)), block_count=whole)
+            else:
+                refusals["depth"] = f"none of {whole} residual blocks can be deleted"
+        if "width" in options.axes:
+            self.say("ranking channels")
+            channels = find_channels(graph)
+            if options.width_ranking == "data":
+                samples = self.given.samples
+                rankings = rank_by_data(
+                    channels, samples, self.given.runtime, judged=samples[-1:], seed=options.training.seed
+                )
+            else:
+                rankings = magnitudes(channels)
+            limits = Limits(options.round_to, options.min_keep)
+            orders, widths, sizes = width_ladder(channels, rankings, limits, least)
+            if len(widths) > 1:
+                ladders = replace(ladders, orders=orders, widths=tuple(widths), width_sizes=tuple(sizes))
+            else:
+                frozen = [group.frozen for group in channels.groups if group.frozen]
+                why = frozen[0] if frozen else "there is none"
+                refusals["width"] = f"no channel group can be pruned: {why}"
+        if "resolution" in options.axes:
+            self.say("scaling the resolution")
+            try:
+                ladders = replace(ladders, pixels=tuple(pixel_ladder(graph, least)))
+            except OnnxCompressError as error:
+                refusals["resolution"] = str(error)
+        if set(options.axes) <= set(refusals):
+            raise RecipeError(f"there is nothing to prune: {'; '.join(refusals.values())}")
+        for axis, reason in refusals.items():
+            logger.warning("%s is not pruned: %s", axis, reason)
+        return replace(ladders, refusals=refusals)
+
+    # -- the choice ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _axes(self) -> list[str]:
+        """Axes with more than one level."""
+        return [axis for number, axis in enumerate(AXES) if self.table.costs.shape[number] > 1]
+
+    def _last(self, points: Mapping[str, Sequence[Point]]) -> dict[str, int]:
+        """By axis the last level that is measured."""
+        return {axis: max(p.levels[AXES.index(axis)] for p in found) for axis, found in points.items() if found}
+
+    def candidates(self, points: Mapping[str, Sequence[Point]]) -> list[Levels]:
+        """Triples within the goal, as far as the points on the axes go.
+
+        Raises:
+            BudgetError: There is none.
+            RecipeError: The goal is reached without pruning.
+        """
+        if self.table.cost((0, 0, 0)) <= self.limit:
+            raise RecipeError(f"{self.goal.text} is reached without pruning: onnxcompress optimize does it")
+        last = self._last(points)
+        ends = [last.get(axis, 0) for axis in AXES]
+        found = self.table.within(self.limit, last=ends)
+        if not found:
+            end: Any = tuple(ends)
+            least = float(self.table.costs[end])
+            raise BudgetError(
+                f"{self.goal.text} is out of reach: with all that can go from {', '.join(last) or 'no axis'}, "
+                f"{self.goal.kind} is {least / self.table.original:.3f}x, allowed "
+                f"{self.limit / self.table.original:.3f}x; lower --min-keep or --round-to"
+            )
+        return found
+
+    def decide(self) -> Decision:
+        """Collect points, fit, and choose."""
+        start = time.monotonic()
+        options, given = self.options, self.given
+        points = axis_points(self.table, self.limit, options)
+        self.candidates(points)  # before anything is trained
+        several = len([axis for axis in points if points[axis]]) > 1
+        total = sum(map(len, points.values())) + (options.mixed if several else 0)
+        identity = given.identity() | {"mixed": options.mixed}
+        with Collector(given.source, options, self.ladders, self.folder, identity, total, self._told) as collector:
+            measured: dict[str, list[Point]] = {axis: [] for axis in points}
+            for number in range(max(map(len, points.values()), default=0)):
+                wanted = [
+                    (found[number], found[number - 1] if number else None, options.round_epochs)
+                    for found in points.values()
+                    if number < len(found)
+                ]
+                for point in collector.collect(wanted):
+                    measured[point.axis].append(point)
+            supervision = given.supervise(TorchGraph(given.graph))
+            base = supervision.figure(given.original, given.judged, given.device)
+            mixed: list[Point] = []
+            predictor = self._predictor(supervision, base, measured, mixed)
+            for _ in range(options.mixed if several else 0):
+                levels = self._next(predictor, measured, mixed)
+                if levels is None:
+                    break
+                epochs = options.round_epochs * options.rounds
+                mixed += collector.collect([(point_at(self.table, "mixed", levels), None, epochs)])
+                predictor = self._predictor(supervision, base, measured, mixed)
+            chosen = self._choose(predictor, points)
+        return self._decision(supervision, predictor, measured, mixed, chosen, time.monotonic() - start)
+
+    def _predictor(
+        self,
+        supervision: Supervision,
+        base: float,
+        measured: Mapping[str, Sequence[Point]],
+        mixed: Sequence[Point],
+    ) -> Predictor:
+        assert supervision.metric is not None
+        fits = {
+            axis: fit_axis(
+                axis,
+                [1.0, *(point.sizes[AXES.index(axis)] for point in found)],
+                [base, *(point.figure for point in found)],
+            )
+            for axis, found in measured.items()
+            if found
+        }
+        predictor = Predictor(base, fits, supervision.metric.higher_is_better)
+        everything = [*itertools.chain.from_iterable(measured.values()), *mixed]
+        if not everything:
+            return predictor
+        samples = len(self.given.judged.dataset)
+        # Of a share of samples; other figures say themselves how much chance there is in them.
+        chance = math.sqrt(max(base * (1 - base), 0.25 / samples) / samples) if 0 <= base <= 1 else 0.0
+        sizes, places = self._coordinates([point.levels for point in everything])
+        return corrected(predictor, sizes, places, np.array([p.figure for p in everything]), noise=chance)
+
+    def _coordinates(self, triples: Sequence[Levels]) -> tuple[np.ndarray, np.ndarray]:
+        sizes = np.array([self.table.size(levels) for levels in triples])
+        return sizes, np.array([self.table.place(levels, self.limit) for levels in triples])
+
+    def _next(
+        self,
+        predictor: Predictor,
+        measured: Mapping[str, Sequence[Point]],
+        mixed: Sequence[Point],
+    ) -> Levels | None:
+        """The next triple to measure off the axes: the equal split, then the most promising ones."""
+        known = {point.levels for found in (*measured.values(), mixed) for point in found}
+        largest = self.table.largest(self.candidates(measured))
+        free = [levels for levels in largest if levels not in known and sum(map(bool, levels)) > 1]
+        if not free:
+            return None
+        if not mixed:
+            return self.table.nearest(free, [1.0 if axis in self._axes else 0.0 for axis in AXES], self.limit)
+        return free[predictor.best(*self._coordinates(free), hope=HOPE)]
+
+    def _choose(self, predictor: Predictor, points: Mapping[str, Sequence[Point]]) -> Levels:
+        """The best triple whose real graph keeps the goal."""
+        left = self.candidates(points)
+        for _ in range(_TRIALS):
+            largest = self.table.largest(left)  # to prune more than is needed is never better
+            best = largest[predictor.best(*self._coordinates(largest))]
+            if self.is_within(best):
+                return best
+            # Estimates of latency have moved; an exact count that is off is so for others as well.
+            left = [levels for levels in left if self.table.cost(levels) <= self.limit and levels != best]
+            if not left:
+                break
+        raise BudgetError(f"{self.goal.text}: no triple whose pruned graph keeps it was found in {_TRIALS} trials")
+
+    def is_within(self, levels: Levels) -> bool:
+        """Whether the real graph at a triple keeps the goal."""
+        merged = self.merged(levels)
+        if self.latency is None:
+            macs = count(merged).macs
+            logger.info("levels %s: %d MACs, %.0f by the table", levels, macs, self.table.cost(levels))
+            return macs <= self.limit
+        return self.latency.measured(levels, merged) <= self.limit
+
+    def merged(self, levels: Levels) -> Graph:
+        """The structure at a triple, merged; with the weights of the original."""
+        return merge(structure(self.given.graph, self.ladders, levels), runtime=self.given.runtime)
+
+    def _decision(
+        self,
+        supervision: Supervision,
+        predictor: Predictor,
+        measured: Mapping[str, Sequence[Point]],
+        mixed: Sequence[Point],
+        chosen: Levels,
+        seconds: float,
+    ) -> Decision:
+        assert supervision.metric is not None
+        sizes, places = self._coordinates([chosen])
+        value, deviation = predictor.predict(sizes, places)
+        off = None
+        if mixed:
+            there, _ = self._coordinates([point.levels for point in mixed])
+            errors = np.array([point.figure for point in mixed]) - predictor.product(there)
+            off = float(np.sqrt(np.mean(errors**2)))
+        last = self._last(measured)
+        return Decision(
+            metric=supervision.metric.name,
+            higher_is_better=supervision.metric.higher_is_better,
+            samples=len(self.given.judged.dataset),
+            base=predictor.base,
+            form=predictor.form,
+            fits=dict(predictor.fits),
+            points=[*itertools.chain.from_iterable(measured.values()), *mixed],
+            chosen=chosen,
+            sizes=self.table.size(chosen),
+            predicted=float(value[0]),
+            deviation=float(deviation[0]),
+            product=float(predictor.product(sizes)[0]),
+            off_axis_error=off,
+            cost=self.table.cost(chosen) / self.table.original,
+            limit=self.limit / self.table.original,
+            triples=len(self.candidates(measured)),
+            check=cross_check(self.table, predictor, chosen, self.limit, last),
+            refusals=dict(self.ladders.refusals),
+            seconds=seconds,
+        )
+
+    def plan(self) -> ScalePlan:
+        points = axis_points(self.table, self.limit, self.options)
+        triples = self.candidates(points)
+        several = len([axis for axis in points if points[axis]]) > 1
+        mixed = self.options.mixed if several else 0
+        axes: dict[str, dict[str, Any]] = {}
+        for number, axis in enumerate(AXES):
+            if axis in self.options.axes:
+                axes[axis] = {
+                    "levels": int(self.table.costs.shape[number]),
+                    "least_size": self.table.sizes[number][-1],
+                    "least_cost": float(self.table.alone(number).min() / self.table.original),
+                    "refusal": self.ladders.refusals.get(axis, ""),
+                }
+        return ScalePlan(
+            source=str(self.given.source),
+            goal=self.goal.text,
+            original_macs=self.given.figures.macs,
+            points=[point for found in points.values() for point in found],
+            mixed=mixed,
+            axes=axes,
+            triples=len(triples),
+            seconds=self._expected_seconds(sum(map(len, points.values())), mixed),
+        )
+
+    def _expected_seconds(self, points: int, mixed: int) -> dict[str, float]:
+        """From the time of a step and of a fit of the original."""
+        options, given = self.options, self.given
+        self.say("timing a step and a fit")
+        twin = TorchGraph(given.graph)
+        supervision = given.supervise(twin)
+        twin.to(given.device)
+        assert supervision.objective is not None
+        objective = supervision.objective
+        batch = next(given.batches.at(0)).to(given.device)
+
+        def step() -> float:
+            start = time.monotonic()
+            objective(twin.train(), batch).backward()  # type: ignore[no-untyped-call]  # torch's
+            return (time.monotonic() - start) * given.batches.accumulate
+
+        step()
+        each = min(step() for _ in range(2))
+        start = time.monotonic()
+        given.settle(twin.eval())
+        supervision.figure(twin, given.judged, given.device)
+        judging = time.monotonic() - start
+        every = given.batches.steps_per_epoch
+        per_round = each * max(1, round(options.round_epochs * every)) + judging * (1 + options.round_epochs)
+        jobs = options.jobs or processors()
+        whole = options.training.total_steps(every)
+        return {
+            "points": points * per_round / min(jobs, max(1, len(self._axes))),
+            "mixed": mixed * per_round * options.rounds,
+            "train": each * whole + judging * whole / every,
+        }
+
+    # -- the result ----------------------------------------------------------------------------------------------------
+
+    def make(self, chosen: Levels) -> tuple[Graph, Made]:
+        """The original pruned to a triple, fitted and trained; the weights are in the graph."""
+        self.say("pruning and fitting")
+        graph = prune(self.given, self.ladders, chosen)
+        self.say("training the pruned network")
+        made = train_graph(
+            self.given,
+            graph,
+            self.options.training,
+            checkpoint=lambda twin, supervision: self._checkpoint(twin, chosen),
+            progress=self.steps,
+        )
+        made.twin.to("cpu").write_back(graph)
+        return graph, made
+
+    def _checkpoint(self, twin: TorchGraph, chosen: Levels) -> Checkpoint:
+        settings = self.options.training
+        # The fitted weights may differ in the last digits from run to run, and those of the checkpoint win.
+        identity = self.given.identity() | {
+            "levels": list(chosen),
+            "trained weights": digest([("\n".join(name for name, _ in twin.named_parameters()), np.ones(1))]),
+            "epochs": settings.epochs,
+            "steps": settings.steps,
+        }
+        return Checkpoint(self.folder / "train", identity, resume=self.options.resume)
+
+    def _finish(self, output: Path, chosen: Levels, decision: Decision | None) -> ScaleResult:
+        given, options = self.given, self.options
+        graph, made = self.make(chosen)
+        metric, expected, name = made.supervision.metric, made.supervision.expected, made.supervision.output
+        assert metric is not None and expected is not None
+        wanted, shrink = self._interface(graph, chosen)
+        self.say("merging")
+        merged = merge(wanted, runtime=given.runtime)
+        self.say("checking on onnxruntime")
+        with self._staged(wanted) as plain, StagedFile(merged, output) as staged:
+            self._check_interface(staged.path, chosen)
+            error = self._merge_error(plain, staged.path, shrink)
+            before = metric.measure(expected, self._outputs(given.source, name))
+            after = metric.measure(expected, self._outputs(staged.path, name, shrink))
+            off = abs(metric.drop(made.figure, after, expected))
+            allowed = max(METRIC_TOLERANCE, 1.5 / len(given.judged.dataset))
+            if not off <= allowed:
+                raise EquivalenceError(
+                    f"{metric.name} is {after:.6g} on onnxruntime and {made.figure:.6g} in torch, {off:.1e} apart, "
+                    f"allowed {allowed:.1e}"
+                )
+            self.say("timing")
+            result = figures(merged, staged.size_bytes)
+            latency = self._latency(graph, staged.path, same=wanted is graph)
+            self._check_goal(result, latency)
+            staged.commit()
+        if options.checkpoint is None:
+            self.remove_state()
+        return ScaleResult(
+            source=str(given.source),
+            output=str(output),
+            goal=self.goal.text,
+            learned_from=made.supervision.text,
+            metric=metric.name,
+            samples=len(given.judged.dataset),
+            decision=decision,
+            deleted=[block.name for block in self.ladders.blocks[: chosen[0]]],
+            channels={
+                group: (len(self.ladders.orders[group]) - taken, len(self.ladders.orders[group]))
+                for group, taken in self.ladders.widths[chosen[1]].items()
+            },
+            pixels=(self.ladders.pixels[0], self.ladders.pixels[chosen[2]]),
+            native=options.native,
+            before=before,
+            fitted=made.fitted,
+            after=after,
+            figures_before=given.figures,
+            figures_after=result,
+            latency=latency,
+            merge_error=error,
+            training=made.training,
+            seconds=time.monotonic() - self.start,
+        )
+
+    # -- a smaller input -----------------------------------------------------------------------------------------------
+
+    def _interface(self, graph: Graph, chosen: Levels) -> tuple[Graph, Shrink]:
+        """The graph with the input that is wished for, and what makes its feeds of those of the original."""
+        if not (self.options.native and chosen[2]):
+            return graph, lambda feed: dict(feed)
+        native = structure(self.given.graph, self.ladders, (chosen[0], chosen[1], 0))
+        move_weights(graph, native)
+        ratio = self.ladders.pixels[chosen[2]] / self.ladders.pixels[0]
+        name = scale(native, ratio, native=True).input_name
+        image = next(tensor for tensor in graph.inputs if tensor.name == name)
+        resized = str(image.outputs[0].outputs[0].name)
+        twin = TorchGraph(graph, trainable=lambda name: False)
+
+        def shrink(feed: Mapping[str, Any]) -> dict[str, Any]:
+            tensors = {key: torch.from_numpy(np.asarray(value)) for key, value in feed.items()}
+            with torch.no_grad():
+                return {**feed, name: twin(tensors, [resized])[resized].numpy()}
+
+        return native, shrink
+
+    def _check_interface(self, path: Path, chosen: Levels) -> None:
+        """Raises EquivalenceError where a caller would notice more than a smaller image."""
+        expected = self.given.proto
+        if self.options.native and chosen[2]:
+            copied = copy_graph(self.given.graph)
+            scale(copied, self.ladders.pixels[chosen[2]] / self.ladders.pixels[0], native=True)
+            expected = to_proto(copied)
+        different = interface_differences(expected, read_model(path))
+        if different:
+            raise EquivalenceError(f"the interface has changed: {different[0]}")
+
+    def _latency(self, graph: Graph, path: Path, *, same: bool) -> LatencyFigures:
+        """The result and the original, timed with one feed: where theirs differ, with the Resize inside."""
+        if same:
+            return self.compare(path)
+        with self._staged(merge(graph, runtime=self.given.runtime)) as resizing:
+            return self.compare(resizing)
+
+    @contextlib.contextmanager
+    def _staged(self, graph: Graph) -> Any:
+        with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+            path = Path(folder) / "model.onnx"
+            save(graph, path)
+            yield path
+
+    def _outputs(self, path: Path, output: str, shrink: Shrink = dict) -> np.ndarray:
+        judged = self.given.judged
+        feeds = (shrink(feed) for feed, _ in judged.dataset.batches(judged.size))
+        rows = run_model(self.given.runtime, path, feeds, REFERENCE, outputs=[output])
+        return np.concatenate([np.atleast_1d(np.asarray(row[0], np.float32)) for row in rows])
+
+    def _merge_error(self, unmerged: Path, merged: Path, shrink: Shrink) -> float:
+        """The largest difference of an output over its range.
+
+        Raises:
+            EquivalenceError: It is above the tolerance.
+        """
+        judged = self.given.judged
+        feeds = [shrink(feed) for feed, _ in itertools.islice(judged.dataset.batches(judged.size), _COMPARED_BATCHES)]
+        reference = Reference(unmerged, feeds, self.given.runtime)
+        comparison = reference.compare(merged, tolerance=self.options.tolerance, allowance=False)
+        if not comparison.equivalent:
+            raise EquivalenceError(
+                f"merged and unmerged differ: {comparison.message()}; --tolerance allows more, the trained weights are "
+                f"kept in {self.folder}"
+            )
+        return max((found.relative for found in comparison.outputs), default=0.0)
+
+    def compare(self, path: Path) -> LatencyFigures:
+        """A file and the original, timed in turns."""
+        feed = next(self.given.judged.ordered(1)).feeds
+        return compare_latency(
+            self.given.runtime,
+            for_runtime(self.given.source),
+            for_runtime(path),
+            {name: value.numpy() for name, value in feed.items()},
+            threads=self.options.threads or 1,
+            budget_s=TIMING_S,
+            max_runs=1000,
+        )
+
+    def _check_goal(self, result: Figures, latency: LatencyFigures) -> None:
+        """BudgetError where the written file would miss the goal."""
+        if self.goal.kind == "macs":
+            if result.macs > self.limit:
+                raise BudgetError(f"{self.goal.text}: the result has {result.macs:,} MACs, allowed {self.limit:,.0f}")
+            return
+        share = self.goal.amount if self.goal.relative else self.goal.amount / latency.original_ms
+        if 1 / latency.high > share:  # the interval of the measurement included
+            raise BudgetError(
+                f"{self.goal.text}: the result takes {latency.result_ms:.3f} ms, {1 / latency.ratio:.3f}x of the "
+                f"original's {latency.original_ms:.3f} ms, allowed {share:.3f}x; its weights are kept in {self.folder}"
+            )
+
+    def remove_state(self) -> None:
+        """Delete what a run that is done has no use for."""
+        Checkpoint(self.folder / "train", {}).remove()
+        lists = (self.folder / f"{name}.json" for name in ("points", "ladders", "latency"))
+        for path in (*self.folder.glob("*-*-*-*.onnx"), *lists):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else lies there
+            self.folder.rmdir()
