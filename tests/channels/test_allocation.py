@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.channels.allocation import BudgetError, Limits, allocate
-from onnxcompress.channels.groups import Channels, Group, find_channels
+from onnxcompress.channels.groups import Channels, Group, MacsModel, find_channels
 from onnxcompress.channels.ranking import Ranking, given, magnitudes
 from onnxcompress.channels.removing import remove_and_zero
 from onnxcompress.cost import count
@@ -121,3 +121,19 @@ def test_importance_from_outside_fits_the_groups():
         given(channels, {"a": np.ones(31)})
     with pytest.raises(ValueError, match="'z'"):
         given(channels, {"z": np.ones(4)})
+
+
+def test_the_products_of_a_resize_go_with_its_channels():
+    text = """g (float[1,3,12,12] x) => (float[1,?,?,?] y) {
+        a = Conv(x, w1)
+        r = Resize<mode="linear">(a, , scales)
+        y = Conv(r, w2)
+    }"""
+    weights = {"w1": normal(16, 3, 3, 3), "w2": normal(4, 16, 3, 3), "scales": np.array([1, 1, 2, 2], np.float32)}
+    proto = model(text, **weights)
+    removed = {"a": [0, 5, 7, 9]}
+    found = MacsModel(channels_of(proto))
+    pruned, _ = remove_and_zero(proto, removed)
+    assert found.macs(removed) == count(graph_of(pruned)).macs
+    by_node = found.macs_by_node(removed)
+    assert len(by_node) == 3 and sum(by_node.values()) == found.macs(removed)

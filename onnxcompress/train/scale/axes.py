@@ -266,10 +266,12 @@ def count_all(graph: Graph, ladders: Ladders, original_macs: float) -> CostTable
         wide[level] = [by_node.get(name, base[name]) / base[name] for name in names]
 
     large = np.ones((len(ladders.pixels), len(names)))
+    resizing = np.zeros(len(ladders.pixels))
     for level in range(1, len(ladders.pixels)):
         scaled = copy_graph(graph)
         scale(scaled, ladders.pixels[level] / ladders.pixels[0])
         found = {node.name: float(node_macs(node)[0]) for node in scaled.nodes}
         large[level] = [found.get(name, 0.0) / base[name] for name in names]
-    costs = nested + np.einsum("n,dn,wn,rn->dwr", macs, there, wide, large)
+        resizing[level] = sum(macs for name, macs in found.items() if name not in base)
+    costs = nested + np.einsum("n,dn,wn,rn->dwr", macs, there, wide, large) + resizing
     return CostTable(ladders.sizes, np.round(costs), original_macs)
