@@ -69,6 +69,14 @@ class Parsed(click.ParamType[float]):
     help="sweep does everything, em stops after the codebooks; kmeans and bgd are plain and published baselines.",
 )
 @click.option(
+    "--permute",
+    type=click.Choice(["auto", "none"]),
+    default="none",
+    show_default=True,
+    help="auto stores the input channels of a layer in an order in which they quantize better, where that is worth the "
+    "bytes of the order.",
+)
+@click.option(
     "--tune",
     type=click.Choice(["none", "joint", "full"]),
     default="none",

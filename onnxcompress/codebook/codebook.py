@@ -14,6 +14,7 @@ from onnxcompress.errors import QuantizationError
 
 CodebookType = Literal["float16", "int8"]
 MAX_CODEWORDS = 65536
+LONGEST_RUN = 256  # channels whose places take one byte each
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,7 @@ class Choice:
         codebook_type: "float16", or "int8" with one float32 factor for each of the d positions.
         scaled: Each output channel has a float16 factor.
         shared: Its codebook is that of all layers with this choice, see ``sharing.py``.
+        permuted: Its input channels are stored in another order, see ``permuting.py``.
     """
 
     block: int
@@ -98,6 +100,7 @@ class Choice:
     codebook_type: CodebookType = "float16"
     scaled: bool = False
     shared: bool = False
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -122,6 +125,7 @@ class QuantizedLayer:
         error: Relative output error on the rows it was fitted to; on the weight itself where there were none.
         held_out_error: The same on rows it was not fitted to.
         method: The method whose result was kept.
+        order: Where each input channel is stored, see ``places_of``; None where they stand in their own order.
     """
 
     choice: Choice
@@ -133,20 +137,25 @@ class QuantizedLayer:
     error: float
     held_out_error: float | None
     method: str = "sweep"
+    order: np.ndarray | None = None
 
     def decode(self) -> np.ndarray:
         """(outputs, D) float32, bit for bit what Cast, Mul, Gather and Mul make of it in onnxruntime."""
-        return decode(self.codebook, self.codebook_scale, self.indices, self.scales)
+        return decode(self.codebook, self.codebook_scale, self.indices, self.scales, self.order)
 
     def size_bytes(self) -> int:
-        """Bytes of indices, codebook, factors and bias; the nodes and names of the file come on top."""
-        arrays = [self.codebook, self.codebook_scale, self.scales, self.bias]
+        """Bytes of indices, codebook, factors, order and bias; the nodes and names of the file come on top."""
+        arrays = [self.codebook, self.codebook_scale, self.scales, self.order, self.bias]
         stored = sum(array.nbytes for array in arrays if array is not None)
         return stored + indices_size_bytes(self.indices.size, self.choice.codewords)
 
 
 def decode(
-    codebook: np.ndarray, codebook_scale: np.ndarray | None, indices: np.ndarray, scales: np.ndarray | None
+    codebook: np.ndarray,
+    codebook_scale: np.ndarray | None,
+    indices: np.ndarray,
+    scales: np.ndarray | None,
+    order: np.ndarray | None = None,
 ) -> np.ndarray:
     """Write the weight out: every step in float32, in the order of the nodes in the file.
 
@@ -155,6 +164,7 @@ def decode(
         codebook_scale: (d,) or () float32 factors, None for float16.
         indices: (outputs, D / d) unsigned.
         scales: (outputs,) float16 or None.
+        order: Where each input channel is stored, or None.
 
     Returns:
         (outputs, D) float32.
@@ -165,7 +175,32 @@ def decode(
     weight = codewords[indices].reshape(len(indices), -1)
     if scales is not None:
         weight = weight * scales.astype(np.float32)[:, None]
+    if order is not None:
+        channels = weight.reshape(len(weight), order.size, -1)
+        weight = channels[:, places_of(order)].reshape(weight.shape)
     return np.asarray(weight)
+
+
+def order_shape(channels: int, together: int = 1) -> tuple[tuple[int, ...], type[np.unsignedinteger]]:
+    """Shape and type of an order of input channels.
+
+    Up to 256 channels, or within equal runs of 128 to 256 of them, a place is one byte; elsewhere two.
+
+    Args:
+        channels: How many.
+        together: Channels of a sub-vector; a run holds whole ones.
+    """
+    if channels <= LONGEST_RUN:
+        return (channels,), np.uint8
+    runs = (run for run in range(LONGEST_RUN, LONGEST_RUN // 2 - 1, -1) if channels % run == 0 == run % together)
+    run = next(runs, 0)
+    return ((channels // run, run), np.uint8) if run else ((channels,), np.uint16)
+
+
+def places_of(order: np.ndarray) -> np.ndarray:
+    """(channels,) intp: where each channel is stored; an order of (runs, channels of a run) counts within each run."""
+    starts = np.arange(len(order))[:, None] * order.shape[1] if order.ndim == 2 else 0
+    return np.asarray((order.astype(np.intp) + starts).reshape(-1))
 
 
 def index_type(codewords: int) -> type[np.unsignedinteger]:
@@ -182,12 +217,26 @@ def indices_size_bytes(count: int, codewords: int) -> int:
     return (count * index_bits(codewords) + 7) // 8
 
 
-def size_bytes(shape: Sequence[int], choice: Choice, *, has_bias: bool) -> int:
-    """What ``QuantizedLayer.size_bytes`` will say of a weight (outputs, D) stored as chosen."""
+def order_size_bytes(channels: int, together: int) -> int:
+    """Bytes of an order of input channels, ``together`` of which are in a sub-vector."""
+    return channels * np.dtype(order_shape(channels, together)[1]).itemsize
+
+
+def size_bytes(shape: Sequence[int], choice: Choice, *, has_bias: bool, kernel: int = 1) -> int:
+    """What ``QuantizedLayer.size_bytes`` will say of a weight (outputs, D) stored as chosen.
+
+    Args:
+        shape: Of the weight.
+        choice: The form.
+        has_bias: A bias comes with it.
+        kernel: Numbers of a row that belong to one input channel.
+    """
     outputs, length = shape
     codebook = choice.codewords * choice.block * (2 if choice.codebook_type == "float16" else 1)
     factors = 4 * choice.block if choice.codebook_type == "int8" else 0
     rows = outputs * (2 * choice.scaled + 4 * has_bias)
+    if choice.permuted:
+        factors += order_size_bytes(length // kernel, choice.block // kernel)
     return indices_size_bytes(outputs * (length // choice.block), choice.codewords) + codebook + factors + rows
 
 

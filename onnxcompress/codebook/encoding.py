@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxcompress.codebook.biases import Bias
-from onnxcompress.codebook.codebook import Choice, QuantizedLayer, index_type
+from onnxcompress.codebook.codebook import Choice, QuantizedLayer, index_type, order_shape
 from onnxcompress.codebook.layers import Layer
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.recipes import MAX_NAME, Recipe
@@ -89,6 +89,7 @@ def overhead_bytes(graph: Graph, layer: Layer, choice: Choice | str) -> int:
             bias=None,
             error=0.0,
             held_out_error=None,
+            order=empty_order(layer, choice),
         )
         return recipe.codebook(quantized).overhead_bytes()
     if choice == "int8":
@@ -98,6 +99,14 @@ def overhead_bytes(graph: Graph, layer: Layer, choice: Choice | str) -> int:
     if choice == "float16":
         return recipe.float16(Float16Layer(_nothing(shape, np.float16))).overhead_bytes()
     raise ValueError(f"choice is {choice!r}, allowed are a Choice, 'int8' and 'float16'")
+
+
+def empty_order(layer: Layer, choice: Choice) -> np.ndarray | None:
+    """What takes the bytes of an order of input channels, where a form has one."""
+    if not choice.permuted:
+        return None
+    shape, dtype = order_shape(layer.length // layer.kernel, choice.block // layer.kernel)
+    return np.zeros(shape, dtype)
 
 
 def _nothing(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:

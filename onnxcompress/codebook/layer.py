@@ -19,6 +19,7 @@ from onnxcompress.codebook.bgd import cluster_by_activations
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, check_quantizable, index_type
 from onnxcompress.codebook.fitting import Clustering, cluster
 from onnxcompress.codebook.objective import Assignment, Objective, damped_objective, from_positions
+from onnxcompress.codebook.permuting import columns_of, find_order, is_permutable, permuted
 from onnxcompress.codebook.problem import LayerProblem
 from onnxcompress.codebook.refining import descend_indices, refine
 from onnxcompress.codebook.scaling import round_scales, row_scales, with_stored_values
@@ -50,6 +51,7 @@ def quantize_layer(
     correct_bias: bool = True,
     int8_tolerance: float | None = INT8_TOLERANCE,
     shared: SharedCodebook | None = None,
+    kernel: int = 1,
 ) -> QuantizedLayer:
     """Store a layer's weight as codewords and indices, with the least error of its output.
 
@@ -66,6 +68,7 @@ def quantize_layer(
         correct_bias: Give a bias that keeps the mean output, also where there was none.
         int8_tolerance: Store float16 codewords where int8 ones raise the error by more than this part; None: never.
         shared: The codebook of a choice that shares one: it stays as it is.
+        kernel: Numbers of a row that belong to one input channel, for a choice that permutes these.
 
     Returns:
         The quantized layer.
@@ -81,6 +84,22 @@ def quantize_layer(
     for name, rows in (("calibration", statistics), ("held-out", held_out)):
         if rows is not None and not rows.is_finite():
             raise QuantizationError(f"the {name} samples give this layer NaN or infinite inputs; keep this layer")
+    if choice.permuted:
+        order = _find_order(weight, statistics, choice, kernel, damping, correct_bias)
+        columns = columns_of(order, kernel)
+        stored = quantize_layer(
+            weight[:, columns],
+            bias,
+            None if statistics is None else permuted(statistics, columns),
+            replace(choice, permuted=False),
+            held_out=None if held_out is None else permuted(held_out, columns),
+            seed=seed,
+            method=method,
+            damping=damping,
+            correct_bias=correct_bias,
+            int8_tolerance=int8_tolerance,
+        )
+        return replace(stored, choice=replace(stored.choice, permuted=True), order=order)
     if method in ("kmeans", "bgd"):
         layer = LayerProblem(
             weight, bias, statistics, held_out, replace(choice, scaled=False), seed, correct_bias=False
@@ -104,6 +123,27 @@ def quantize_layer(
     best = min(reversed(results), key=lambda result: _judged(result))
     logger.debug("%s: error %.4f, held out %s", best.method, best.error, best.held_out_error)
     return best
+
+
+def _find_order(
+    weight: np.ndarray,
+    statistics: Statistics | None,
+    choice: Choice,
+    kernel: int,
+    damping: float | None,
+    correct_bias: bool,
+) -> np.ndarray:
+    if not is_permutable(weight.shape[1], kernel, choice.block):
+        raise QuantizationError(
+            f"blocks of {choice.block} in rows of {weight.shape[1]} hold no two whole channels of {kernel}; "
+            "store them in their own order"
+        )
+    layer = LayerProblem(weight, None, statistics, None, choice, 0, correct_bias)
+    return find_order(
+        damped_objective(weight, layer.moments(), damping=EM_DAMPING if damping is None else damping),
+        choice.block,
+        kernel,
+    )
 
 
 def why_no_sweep(statistics: Statistics | None, held_out: Statistics | None = None) -> str | None:

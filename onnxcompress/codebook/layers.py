@@ -61,6 +61,17 @@ class Layer:
         return self.uses[0].kind
 
     @property
+    def kernel(self) -> int:
+        """Numbers of a row that belong to one input channel."""
+        window = self.uses[0].rows.window
+        return 1 if window is None else math.prod(window.kernel)
+
+    @property
+    def is_permutable(self) -> bool:
+        """Whether its input channels can be stored in another order: of tables, rows are decoded one by one."""
+        return self.kernel < self.length and all(use.kind != "Gather" for use in self.uses)
+
+    @property
     def nodes(self) -> list[Node]:
         return [use.node for use in self.uses]
 

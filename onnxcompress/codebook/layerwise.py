@@ -97,6 +97,7 @@ def quantize_layers(
                     "method": method,
                     "correct_bias": layer.has_bias,
                     "shared": shared.get(layer.name),
+                    "kernel": layer.kernel,
                 },
             )
             for layer in waiting

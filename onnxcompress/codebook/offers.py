@@ -23,6 +23,7 @@ from onnxcompress.codebook.codebook import Choice, Statistics, indices_size_byte
 from onnxcompress.codebook.fitting import cluster, regularized
 from onnxcompress.codebook.narrow import to_float16, to_int8
 from onnxcompress.codebook.objective import Assignment, damped_objective, from_positions
+from onnxcompress.codebook.permuting import columns_of, find_order, is_permutable
 from onnxcompress.codebook.scaling import row_scales
 from onnxcompress.codebook.sweep import sweep
 from onnxcompress.codebook.target import covariance, energy
@@ -39,6 +40,7 @@ ITERATIONS = 8
 DAMPING = 0.1
 RANDOM_START = 4  # block length from which on k-means++ gains little
 MIDDLE_BITS = 1.4  # a weight: where damage is measured
+MOST_ORDER_BITS = 0.06  # a weight, for an order of the channels: what it gains is worth as many
 SHARED_CODEWORDS = (16, 64, 128, 256)
 # Squared error with a codebook for many layers over that with one of its own of as many codewords: a guess, where
 # ``pooling.measure_pools`` does not find out.
@@ -83,7 +85,8 @@ def form_text(form: Form) -> str:
     if not isinstance(form, Choice):
         return form
     parts = [f"d={form.block} k={form.codewords}", "" if form.codebook_type == "float16" else form.codebook_type]
-    return " ".join(filter(None, [*parts, "scaled" if form.scaled else "", "shared" if form.shared else ""]))
+    parts += [name for name in ("scaled", "shared", "permuted") if getattr(form, name)]
+    return " ".join(filter(None, parts))
 
 
 def blocks_for(length: int, kernel: int = 1, *, depthwise: bool = False) -> list[int]:
@@ -124,6 +127,7 @@ def estimate_forms(
     depthwise: bool = False,
     swept: bool = True,
     scalable: bool = True,
+    permutable: bool = False,
     seed: int = 0,
 ) -> Curve:
     """Estimate every form of a layer.
@@ -137,6 +141,7 @@ def estimate_forms(
         depthwise: It is a kernel for each channel.
         swept: Whether the layer will be swept with error feedback.
         scalable: Whether factors of the output channels are on offer.
+        permutable: Whether other orders of the input channels are.
         seed: Same seed, same estimates.
 
     Returns:
@@ -184,7 +189,40 @@ def estimate_forms(
         replace(one, error=_corrected(one.error, points)) if isinstance(one.form, Choice) else one for one in estimates
     ]
     middle = Estimate(form, size_bytes(weight.shape, form, has_bias=has_bias), points[-1][1])
+    if permutable:
+        estimates += _permuted_forms(fits, estimates, kernel, has_bias=has_bias, swept=swept)
     return Curve(estimates, middle, best_decoded)
+
+
+def _permuted_forms(
+    fits: _Fits, estimates: Sequence[Estimate], kernel: int, *, has_bias: bool, swept: bool
+) -> list[Estimate]:
+    """The forms with whole channels in a block, in an order found for one of them: what that gains, all are to gain."""
+    shape = fits.weight.shape
+    channels = shape[1] // kernel
+    forms = [
+        (one, one.form)
+        for one in estimates
+        if isinstance(one.form, Choice) and not one.form.shared and is_permutable(shape[1], kernel, one.form.block)
+    ]
+    if not forms or 8 * channels > MOST_ORDER_BITS * fits.weight.size:
+        return []
+    tried = min((form for _, form in forms), key=lambda form: (abs(_bits(fits.weight, form) - MIDDLE_BITS), form.block))
+    columns = columns_of(find_order(fits.objective, tried.block, kernel), kernel)
+    others = _Fits(fits.weight[:, columns], fits.moments[:, columns[:, None], columns], fits.seed)
+    before, after = (
+        each.lost(each.swept(made) if swept else made)[0]
+        for each in (fits, others)
+        for made in [each.whole(tried, scaled=tried.scaled)]
+    )
+    if not after < before:
+        return []
+    found = []
+    for one, form in forms:
+        asked = replace(form, permuted=True)
+        size = size_bytes(shape, asked, has_bias=has_bias, kernel=kernel)
+        found.append(Estimate(asked, size, one.error * after / before))
+    return found
 
 
 def _corrected(error: float, points: Sequence[tuple[float, float]]) -> float:

@@ -12,6 +12,8 @@ from onnxcompress.codebook.layer import Method
 from onnxcompress.errors import RecipeError
 
 Tune = Literal["none", "joint", "full"]
+Permute = Literal["auto", "none"]
+PERMUTES = ("auto", "none")
 METHODS = ("sweep", "em", "kmeans", "bgd")
 TUNES = ("none", "joint", "full")
 DEFAULT_LIMIT = 256
@@ -35,6 +37,7 @@ class QuantizeOptions:
         val: Labelled samples for ``metric``.
         metric: See ``onnxcompress.validation.metrics``.
         method: "sweep" does everything, "em" stops after the codebooks, "kmeans" and "bgd" are baselines.
+        permute: "auto" stores the input channels of a layer in another order where that is worth its bytes.
         tune: "joint" tunes all codebooks together afterwards, "full" is the paper's recipe; both need torch.
         tune_steps: Of the joint part, 32 samples each; None is what takes about two minutes on one core.
         keep: Names of weights to leave as they are, with * and ?.
@@ -60,6 +63,7 @@ class QuantizeOptions:
     val: str | None = None
     metric: str | None = None
     method: Method = "sweep"
+    permute: Permute = "none"
     tune: Tune = "none"
     tune_steps: int | None = None
     keep: Sequence[str] = ()
@@ -87,7 +91,8 @@ class QuantizeOptions:
             raise RecipeError(f"max_drop {self.max_drop:g}: must be within 0 and 1 (as in 1% or 0.01)")
         if self.max_drop is not None and self.data == "none" and self.val is None:
             raise RecipeError("--max-drop needs samples to measure the drop on: give --data or --val")
-        for name, value, known in (("method", self.method, METHODS), ("tune", self.tune, TUNES)):
+        kinds = ("method", self.method, METHODS), ("permute", self.permute, PERMUTES), ("tune", self.tune, TUNES)
+        for name, value, known in kinds:
             if value not in known:
                 raise RecipeError(f"{name} {value!r}: must be one of {', '.join(known)}")
         if self.tune != "none" and self.data == "none":

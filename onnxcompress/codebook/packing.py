@@ -26,7 +26,7 @@ from onnxcompress.patterns.decoded_weights import CodebookWeight, find_codebooks
 from onnxcompress.rewrite import remove_if_unread
 
 SPLIT_OPSET = 13  # sizes are an input from then on
-MOVES = ("Reshape", "Transpose")
+MOVES = ("Gather", "Reshape", "Transpose")
 MIN_TABLE = 256  # numbers
 MIN_VECTOR = 16  # of fewer each counts: the mean of an image's colours, the biases of classes
 MIN_VECTORS = 640  # numbers, from which on 256 levels are fewer bytes than float16
@@ -72,10 +72,11 @@ def pack(graph: Graph, may_be_narrow: Callable[[Constant], bool]) -> None:
 def _part(graph: Graph, one: CodebookWeight) -> _Part | None:
     """The weight's parts, where it is decoded as ``recipes`` does it for one reader."""
     nodes = list(one.nodes)
-    gather = next(node for node in reversed(nodes) if is_op(node, "Gather"))
-    later = nodes[nodes.index(gather) + 1 :]
+    gathers = [node for node in nodes if is_op(node, "Gather")]
+    last = gathers[-1] if one.order is None else gathers[-2]
+    later = nodes[nodes.index(last) + 1 :]
     moves = [node for node in later if is_op(node, *MOVES)]
-    known = {*moves, *(node for node in later if is_op(node, "Mul"))}
+    known = {*moves, *(node for node in later if is_op(node, "Mul")), *_order_nodes(graph, moves)}
     widened = [node for node in later if node not in known]  # the Cast of the factors
     first = next((node for node in moves if is_op(node, "Reshape")), None)
     if first is None or first is not moves[0] or any(node.graph is not graph for node in nodes):
@@ -94,6 +95,17 @@ def _part(graph: Graph, one: CodebookWeight) -> _Part | None:
     if min(shape) < 1 or shape[0] != len(rows) or math.prod(shape) != rows.size * one.codebook.shape[1]:
         return None
     return _Part(one, rows.reshape(-1), tuple(moves), shape)
+
+
+def _order_nodes(graph: Graph, moves: Sequence[Node]) -> list[Node]:
+    """The Cast, and the Add where there is one, of the order in which a Gather among the moves takes the channels."""
+    found: list[Node] = []
+    for gather in (node for node in moves if is_op(node, "Gather")):
+        tensor = gather.inputs[1]
+        while (made := graph.producer(tensor)) is not None:
+            found.insert(0, made)
+            tensor = made.inputs[0]
+    return found
 
 
 def _vectors(graph: Graph, may_be_narrow: Callable[[Constant], bool]) -> list[Constant]:
@@ -200,7 +212,10 @@ class _Maker:
         if factors is not None:
             made = self.step("Mul", made, factors)
         for move in part.moves[1:]:
-            made = self.step(move.op, made, *move.inputs[1:], **move.attrs)
+            places: list[Tensor] = []
+            for node in _order_nodes(self.graph, [move]):
+                places = [self.step(node.op, *[*places, *node.inputs[len(places) :]], **node.attrs)]
+            made = self.step(move.op, made, *(places or move.inputs[1:]), **move.attrs)
         made.name, made.dtype, made.shape = weight.name, weight.dtype, weight.shape
         for reader in list(dict.fromkeys(weight.outputs)):
             reader.inputs = [made if tensor is weight else tensor for tensor in reader.inputs]

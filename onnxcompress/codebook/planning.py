@@ -6,7 +6,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from onnxcompress.codebook.allocation import Offer, allocate, least_size_for_damage, smallest_size, totals
 from onnxcompress.codebook.codebook import Choice, QuantizedLayer, Statistics, index_type
 from onnxcompress.codebook.damage import MAX_DAMAGE, DamageMeter
-from onnxcompress.codebook.encoding import add_low_memory_hint, encode, overhead_bytes
+from onnxcompress.codebook.encoding import add_low_memory_hint, empty_order, encode, overhead_bytes
 from onnxcompress.codebook.layers import Layer, find_layers
 from onnxcompress.codebook.narrow import Float16Layer, Int8Layer
 from onnxcompress.codebook.offers import SHARED_BYTES, Curve, Estimate, Form, estimate_forms, form_text
@@ -297,6 +297,7 @@ def hollow(layer: Layer, form: Form, *, new_bias: bool = False) -> QuantizedLaye
         bias,
         0.0,
         None,
+        order=empty_order(layer, form),
     )
 
 
@@ -312,6 +313,7 @@ def make_menus(
     checkpoint: Checkpoint,
     *,
     method: str,
+    permute: bool,
     seed: int,
     done: Done,
 ) -> list[Menu]:
@@ -325,6 +327,7 @@ def make_menus(
         workers: Where estimates are made.
         checkpoint: Menus that are there are taken from it.
         method: How the layers will be quantized.
+        permute: Whether orders of input channels are on offer.
         seed: Same seed, same menus.
         done: Called after each layer.
     """
@@ -353,10 +356,11 @@ def make_menus(
                     {
                         "stored_bytes": layer.stored_bytes,
                         "has_bias": layer.has_bias,
-                        "kernel": _kernel(layer),
+                        "kernel": layer.kernel,
                         "depthwise": layer.depthwise,
                         "swept": method == "sweep",
                         "scalable": method in ("sweep", "em"),
+                        "permutable": permute and method in ("sweep", "em") and layer.is_permutable,
                         "seed": seed,
                     },
                 )
@@ -366,11 +370,6 @@ def make_menus(
     typical = _typical_sensitivity(found.values())
     corrects_bias = method in ("sweep", "em")
     return [_menu(graph, layer, found[layer.name], typical, corrects_bias=corrects_bias) for layer in layers]
-
-
-def _kernel(layer: Layer) -> int:
-    window = layer.uses[0].rows.window
-    return 1 if window is None else math.prod(window.kernel)
 
 
 def _estimate(
@@ -426,7 +425,7 @@ def _menu(graph: Graph, layer: Layer, kept: Mapping[str, Any], typical: float, *
 
 def _written(form: Form) -> Any:
     if isinstance(form, Choice):
-        return [form.block, form.codewords, form.codebook_type, form.scaled, form.shared]
+        return list(astuple(form))
     return form
 
 

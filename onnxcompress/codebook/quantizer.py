@@ -166,7 +166,8 @@ class _Job:
     def _identity(self) -> dict[str, Any]:
         """The wishes that what is kept depends on; what depends on the plan carries its name."""
         chosen = self.options
-        return {"method": chosen.method, "seed": chosen.seed, "keep": list(chosen.keep), "only": list(chosen.only)}
+        names = {"keep": list(chosen.keep), "only": list(chosen.only)}
+        return {"method": chosen.method, "permute": chosen.permute, "seed": chosen.seed, **names}
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -252,6 +253,7 @@ class _Job:
                 self.workers,
                 self.checkpoint,
                 method=self.options.method,
+                permute=self.options.permute == "auto",
                 seed=self.options.seed,
                 done=self._counted("estimating", len(self.layers)),
             )

@@ -2,6 +2,7 @@
 
     W/indices  -> Cast int32 ----------------\\
     W/codebook -> Cast float32 [-> Mul] -> Gather [-> Mul W/scales] [-> Reshape] [-> Transpose] [-> Reshape] -> W
+    W/order    -> Cast int32 [-> Add] -> Gather(Reshape(the above), axis of the input channels) [-> Transpose ...] -> W
     W/int8     -> Cast float32 -> Mul W/scales -> W
     W/float16  -> Cast float32 -> W
 
@@ -78,7 +79,7 @@ class Recipe:
         if quantized.scales is not None:
             factors = self.stored("scales", quantized.scales.reshape(-1, 1, 1))
             decoded = self._step("Mul", decoded, self._cast(factors, TensorProto.FLOAT))
-        self._finish(decoded, (outputs, blocks, quantized.codebook.shape[1]))
+        self._finish(decoded, (outputs, blocks, quantized.codebook.shape[1]), order=quantized.order)
         return self
 
     def int8(self, quantized: Int8Layer) -> Recipe:
@@ -148,13 +149,36 @@ class Recipe:
         second = self._step("Sub", both, self._step("Mul", first, SIXTEEN))
         return self._step("Concat", first, second, axis=axis)
 
-    def _finish(self, tensor: str, shape: Sequence[int], elem_type: int = TensorProto.FLOAT) -> None:
+    def _finish(
+        self,
+        tensor: str,
+        shape: Sequence[int],
+        elem_type: int = TensorProto.FLOAT,
+        order: np.ndarray | None = None,
+    ) -> None:
         """Bring the decoded numbers into the form of every view."""
         made = helper.np_dtype_to_tensor_dtype(self.dtype)
         if made != elem_type:
             tensor = self._cast(tensor, made)
+        if order is not None:
+            tensor, shape = self._in_order(tensor, shape, order)
         for view in self.views:
             self.weights.append(self._shaped(tensor, tuple(shape), view))
+
+    def _in_order(self, tensor: str, shape: Sequence[int], order: np.ndarray) -> tuple[str, tuple[int, ...]]:
+        """Put the input channels in their own order; returns the tensor and its shape."""
+        view = self.views[0]
+        axis = view.channel_axis
+        target = view.unfolded
+        places = self._cast(self.stored("order", order), TensorProto.INT32)
+        if order.ndim == 2:  # the runs, each counted from 0
+            runs, reach = order.shape
+            name = f"{runs}x{reach}_starts"
+            self.shared[name] = np.arange(0, order.size, reach, dtype=np.int32)[:, None]
+            places = self._step("Add", places, name)
+        tensor = self._reshaped(tensor, tuple(shape), target)
+        tensor = self._step("Gather", tensor, places, axis=axis)
+        return tensor, (*target[:axis], *order.shape, *target[axis + 1 :])
 
     def _shaped(self, tensor: str, shape: tuple[int, ...], view: View) -> str:
         if shape != view.shape or len(self.views) > 1:

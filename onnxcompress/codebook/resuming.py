@@ -13,6 +13,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,10 @@ class Checkpoint:
 
 def _taken_apart(layer: Stored) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if isinstance(layer, QuantizedLayer):
-        names = ["codebook", "codebook_scale", "indices", "scales", "bias"]
+        names = ["codebook", "codebook_scale", "indices", "scales", "bias", "order"]
         choice = layer.choice
         figures = {
-            "form": [choice.block, choice.codewords, choice.codebook_type, choice.scaled, choice.shared],
+            "form": list(astuple(choice)),
             "error": layer.error,
             "held_out_error": layer.held_out_error,
             "method": layer.method,
@@ -165,9 +166,8 @@ def _put_together(arrays: dict[str, np.ndarray], figures: dict[str, Any]) -> Sto
         return Int8Layer(arrays["values"], arrays["scales"], arrays.get("bias"))
     if form == "float16":
         return Float16Layer(arrays["values"], arrays.get("bias"))
-    block, codewords, codebook_type, scaled, shared = form
     return QuantizedLayer(
-        Choice(block, codewords, codebook_type, scaled, shared),
+        Choice(*form),
         arrays["codebook"],
         arrays.get("codebook_scale"),
         arrays["indices"],
@@ -176,6 +176,7 @@ def _put_together(arrays: dict[str, np.ndarray], figures: dict[str, Any]) -> Sto
         figures["error"],
         figures["held_out_error"],
         figures["method"],
+        arrays.get("order"),
     )
 
 

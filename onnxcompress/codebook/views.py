@@ -44,6 +44,15 @@ class View:
     def length(self) -> int:
         return math.prod(self.unfolded) // self.outputs
 
+    @property
+    def channel_axis(self) -> int:
+        """The axis of ``unfolded`` that the input channels stand on."""
+        axis, rows = 0, 1
+        while rows < self.outputs or self.unfolded[axis] == 1:
+            rows *= self.unfolded[axis]
+            axis += 1
+        return axis
+
     def to_matrix(self, tensor: np.ndarray) -> np.ndarray:
         """(outputs, D) in the tensor's type."""
         if self.perm is not None:

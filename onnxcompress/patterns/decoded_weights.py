@@ -1,8 +1,10 @@
 """Weights that are stored small and decoded by nodes, which onnxruntime folds when it loads the model.
 
     codebook   Gather(codewords, indices) [-> Mul(scales)] [-> Reshape] [-> Transpose] [-> Reshape] [-> Cast]
+                 [-> Gather(order) on another axis than the first]
                  codewords   Cast(float16 constant)  or  Mul(Cast(int8 constant), constant)
                  indices     Cast(unsigned constant)  or  Concat(Div(q, 16), q - 16 * Div(q, 16)), two indices in a byte
+                 order       Cast(unsigned constant) [-> Add(starts)]
     int8       Mul(Cast(int8 constant), constant) [-> Reshape] [-> Transpose] [-> Reshape] [-> Cast]
     float16    Cast(float16 constant) [-> Reshape] [-> Transpose] [-> Reshape]
     vector     Cast(float16 constant) -> biases, factors, scales of norms
@@ -68,6 +70,7 @@ class CodebookWeight:
         packed: Two indices stand in a byte.
         scales: (outputs, 1, 1) factors per output, or None.
         nodes: Those that decode it, in order.
+        order: Where each input channel is stored, or None.
     """
 
     weight: Tensor
@@ -77,6 +80,7 @@ class CodebookWeight:
     packed: bool
     scales: Constant | None
     nodes: tuple[Node, ...]
+    order: Constant | None = None
 
     @property
     def readers(self) -> list[Node]:
@@ -84,12 +88,12 @@ class CodebookWeight:
 
     @property
     def constants(self) -> list[Constant]:
-        given = (self.codebook, self.codebook_scale, self.indices, self.scales)
+        given = (self.codebook, self.codebook_scale, self.indices, self.scales, self.order)
         return [constant for constant in given if constant is not None]
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codebook, indices and factors; without the nodes."""
+        """Bytes of codebook, indices, factors and order; without the nodes."""
         return sum(packed_bytes(helper.np_dtype_to_tensor_dtype(c.dtype), math.prod(c.shape)) for c in self.constants)
 
 
@@ -145,7 +149,8 @@ def unpacking_nodes(graph: Graph) -> set[Node]:
     """The nodes of the outermost graph that decode several weights together and take them apart by a Split."""
     static: set[Node] = set()
     for node in graph.nodes:
-        if is_op(node, *UNPACKING) and all(is_constant(t) or graph.producer(t) in static for t in node.inputs):
+        unpacks = is_op(node, *UNPACKING) or _adds_starts(graph, node)
+        if unpacks and all(is_constant(t) or graph.producer(t) in static for t in node.inputs):
             static.add(node)
     found: set[Node] = set()
     for node in graph.nodes:
@@ -171,6 +176,13 @@ def _is_narrow_cast(node: Node) -> bool:
     return dtype is not None and dtype.name in (*INDEX_TYPES, *CODEWORD_TYPES)
 
 
+def _adds_starts(graph: Graph, node: Node) -> bool:
+    """Whether a node makes places of channels out of an order of runs."""
+    cast = graph.producer(node.inputs[0]) if is_op(node, "Add") else None
+    dtype = numpy_dtype(cast.inputs[0]) if cast is not None and is_op(cast, "Cast") else None
+    return dtype is not None and dtype.name in INDEX_TYPES
+
+
 def _upstream(graph: Graph, node: Node) -> set[Node]:
     """A node and all that it depends on."""
     found, pending = {node}, [node]
@@ -193,7 +205,7 @@ def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
     if codewords is None or picks is None:
         return None
     nodes = [*codewords.nodes, *picks.nodes, gather]
-    weight, scales = gather.outputs[0], None
+    weight, scales, order = gather.outputs[0], None, None
     while (reader := _shaping_reader(graph, weight)) is not None:
         if is_op(reader, "Mul"):
             if scales is not None:
@@ -203,11 +215,30 @@ def _codebook(graph: Graph, gather: Node) -> CodebookWeight | None:
                 break
             scales = source.constant
             nodes += source.nodes
+        if is_op(reader, "Gather"):
+            places = _order(graph, reader, weight)
+            if places is None or order is not None:
+                break
+            order = places.constant
+            nodes += places.nodes
         nodes.append(reader)
         weight = reader.outputs[0]
     return CodebookWeight(
-        weight, codewords.constant, codewords.factor, picks.constant, picks.packed, scales, tuple(nodes)
+        weight, codewords.constant, codewords.factor, picks.constant, picks.packed, scales, tuple(nodes), order
     )
+
+
+def _order(graph: Graph, gather: Node, tensor: Tensor) -> _Source | None:
+    """The stored order in which a Gather takes a decoded weight along another axis than the first."""
+    if gather.inputs[0] is not tensor or not gather.attrs.get("axis", 0):
+        return None
+    add = graph.producer(gather.inputs[1])
+    starts = add.inputs[1] if add is not None and is_op(add, "Add") else None
+    places = _widened(graph, gather.inputs[1] if add is None or starts is None else add.inputs[0], INDEX_TYPES)
+    if places is None or not places.nodes or (starts is not None and not isinstance(starts, Constant)):
+        return None
+    nodes = places.nodes if add is None or starts is None else (*places.nodes, add)
+    return _Source(places.constant, starts, False, nodes)
 
 
 def _factors(graph: Graph, tensor: Tensor) -> _Source | None:
@@ -225,9 +256,9 @@ def _rows(graph: Graph, tensor: Tensor, types: Iterable[str]) -> _Source | None:
 
 
 def _shaping_reader(graph: Graph, tensor: Tensor) -> Node | None:
-    """The one reader, when it scales, moves or widens what it reads."""
+    """The one reader, when it scales, moves, widens or puts in order what it reads."""
     reader = graph.only_reader(tensor)
-    if reader is None or not is_op(reader, "Cast", "Mul", "Reshape", "Transpose"):
+    if reader is None or not is_op(reader, "Cast", "Gather", "Mul", "Reshape", "Transpose"):
         return None
     if is_op(reader, "Reshape") and not is_constant(reader.inputs[1]):
         return None
@@ -292,7 +323,7 @@ def _widening(graph: Graph, cast: Node, dtype: np.dtype) -> list[Node]:
         tensor = mul.outputs[0]
     elif dtype == np.int8:
         return []
-    while (reader := _shaping_reader(graph, tensor)) is not None and not is_op(reader, "Mul"):
+    while (reader := _shaping_reader(graph, tensor)) is not None and not is_op(reader, "Gather", "Mul"):
         nodes.append(reader)
         tensor = reader.outputs[0]
     return nodes if tensor.outputs and all(_reads_weight(node, tensor) for node in tensor.outputs) else []
