@@ -62,6 +62,24 @@ def inspect_model(path: str | os.PathLike[str], *, download: bool = True) -> dic
     }
 
 
+def largest_initializers(path: str | os.PathLike[str], count: int) -> dict[str, Any]:
+    """The constants of a model with most bytes, and what the others come to.
+
+    Args:
+        path: The model file.
+        count: Of those to list.
+
+    Returns:
+        ``rows`` as in ``inspect_model``, and ``rest`` with ``count`` and ``bytes``.
+
+    Raises:
+        ModelError: The file is missing or damaged.
+    """
+    found = _initializers(load(Path(path)))
+    rest = found[count:]
+    return {"rows": found[:count], "rest": {"count": len(rest), "bytes": sum(entry["bytes"] for entry in rest)}}
+
+
 def _kinds(initializers: list[dict[str, Any]]) -> set[str]:
     return {entry["type"] for entry in initializers}
 

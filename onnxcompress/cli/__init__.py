@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with contextlib.suppress(AttributeError, ValueError):
             sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a name that the terminal cannot show
-        code = cli.main(args=arguments, prog_name="onnxcompress", standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        code = cli.main(args=given, prog_name="onnxcompress", standalone_mode=False, obj={"arguments": given})
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as done:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import MOST_THREADS, FilePath, InputShape, Number, shapes_by_name
+from onnxcompress.cli.reporting import check_report, report_option, write_report
 from onnxcompress.cli.terminal import print_rows
 
 
@@ -39,13 +40,17 @@ from onnxcompress.cli.terminal import print_rows
 )
 @click.option("--data", metavar="D", help="Time on the first sample of this data instead of a seeded input.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the input.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(models: tuple[Path, ...], as_json: bool, input_shapes: Any, **wishes: Any) -> None:
+def command(models: tuple[Path, ...], as_json: bool, report: Path | None, input_shapes: Any, **wishes: Any) -> None:
     """Time models on onnxruntime, taking turns, and compare each with the first: latency, load time, peak memory."""
     from onnxcompress import report as reports
     from onnxcompress.bench import bench_models
 
+    check_report(report)
     found = bench_models(models, input_shapes=shapes_by_name(input_shapes), **wishes)
+    if report is not None:
+        write_report(report, found, "bench", *models)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

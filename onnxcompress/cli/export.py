@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli.options import LARGEST_SIZE, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class InputForm(click.ParamType[Input]):
     show_default=True,
     help="Of the check's inputs, and of the weights where there is no checkpoint.",
 )
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     factory: str,
@@ -117,6 +119,7 @@ def command(
     output_names: str | None,
     tolerance: float | None,
     seed: int,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """Write an nn.Module as ONNX, BatchNormalization kept, and check it against torch on onnxruntime.
@@ -127,6 +130,7 @@ def command(
     if importlib.util.find_spec("torch") is None:
         raise RecipeError("export needs torch: pip install onnxcompress[train]")
     started = time.monotonic()
+    check_report(report)
     from onnxcompress.optimizer import check_target
     from onnxcompress.runtime import Runtime
 
@@ -164,7 +168,13 @@ def command(
             runtime=runtime,
             **({} if tolerance is None else {"tolerance": tolerance}),
         )
-    _show(exported, factory, weights, time.monotonic() - started, as_json)
+    found = _as_dict(exported, factory, weights, time.monotonic() - started)
+    if report is not None:
+        write_report(report, with_weight_bytes(found, None, exported.path), "export", exported.path)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _show(exported, factory, weights)
 
 
 def _split(names: str) -> list[str]:
@@ -196,17 +206,18 @@ def _examples(inputs: tuple[Input, ...], seed: int) -> list[Tensor]:
     return examples
 
 
-def _show(exported: Any, factory: str, weights: str, seconds: float, as_json: bool) -> None:
+def _as_dict(exported: Any, factory: str, weights: str, seconds: float) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    found = {**asdict(exported), "path": str(exported.path), "factory": factory, "weights": weights}
+    for side in ("inputs", "outputs"):
+        found[side] = [{"name": name, "shape": list(shape)} for name, shape in found[side]]
+    return {**found, "seconds": round(seconds, 3)}
+
+
+def _show(exported: Any, factory: str, weights: str) -> None:
     from onnxcompress import report as reports
 
-    if as_json:
-        from dataclasses import asdict
-
-        found = {**asdict(exported), "path": str(exported.path), "factory": factory, "weights": weights}
-        for side in ("inputs", "outputs"):
-            found[side] = [{"name": name, "shape": list(shape)} for name, shape in found[side]]
-        click.echo(json.dumps({**found, "seconds": round(seconds, 3)}, indent=1))
-        return
     click.echo(
         f"{factory} -> {exported.path}: {reports.bytes_text(exported.size_bytes)}"
         f"{' with the weights in a file of their own' if exported.external_data else ''}, {exported.nodes} nodes, "

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.cli.training import POSITIVE, optimizer_options
 from onnxcompress.errors import RecipeError
@@ -77,15 +78,17 @@ from onnxcompress.errors import RecipeError
 @click.option("--channels-last/--no-channels-last", default=None, help="Memory format [default: with half precision].")
 @click.option("--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Threads; 0 is torch's choice.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(source: Path, output: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def command(source: Path, output: Path, report: Path | None, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Train the weights of IN and write the result, with the same graph and interface, to OUT.
 
     The weights that are best on --val are kept, and those of IN count: on --val the result is never worse than IN. A
     run that was stopped goes on with the same command, and ends with the weights of a run in one go. Several processes
     share a run: torchrun --nproc-per-node 2 -m onnxcompress finetune ...
     """
+    check_report(report)
     first = os.environ.get("RANK", "0") == "0"
     options = _options(wishes)
     from onnxcompress.train.finetune import finetune
@@ -94,6 +97,8 @@ def command(source: Path, output: Path, as_json: bool, quiet: bool, **wishes: An
         found = finetune(source, output, options, say=say, progress=progress)
     if found is None:
         return
+    if report is not None:
+        write_report(report, with_weight_bytes(found.as_dict(), None, output), "finetune", source, output)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:

@@ -8,19 +8,24 @@ from pathlib import Path
 import click
 
 from onnxcompress.cli.options import FilePath
+from onnxcompress.cli.reporting import check_report, report_option, write_report
 from onnxcompress.cli.terminal import print_rows
 
 
 @click.command("inspect")
 @click.argument("model", type=FilePath())
 @click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, help="Initializers to show.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(model: Path, top: int, as_json: bool) -> None:
+def command(model: Path, top: int, report: Path | None, as_json: bool) -> None:
     """Show what is in a model: interface, operator sets, operators, weights, MACs."""
     from onnxcompress import report as reports
     from onnxcompress.inspection import inspect_model
 
+    check_report(report)
     found = inspect_model(model)
+    if report is not None:
+        write_report(report, found, "inspect", model)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -21,6 +21,7 @@ from onnxcompress.cli.options import (
     pass_names,
     shapes_by_name,
 )
+from onnxcompress.cli.reporting import check_report, report_option, with_provenance, with_weight_bytes
 from onnxcompress.cli.terminal import model_progress, width
 from onnxcompress.errors import OnnxCompressError, OutputError, RecipeError
 
@@ -112,7 +113,7 @@ def _show_passes(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 )
 @click.option("--custom-ops", type=FilePath(), help="Shared library with custom operators, loaded for the check.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the check's inputs.")
-@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
+@report_option
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Models at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of the table.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -140,11 +141,8 @@ def command(
     IN.optimized.onnx. Without IN the embedded digits model is optimized and its accuracy on held-out digits shown.
     """
     from onnxcompress import report as reports
-    from onnxcompress.optimizer import check_target
 
-    if report is not None:
-        reports.check_suffix(report)
-        check_target(report)
+    check_report(report)
     if not models:
         models, output, wishes["data"], metric = _embedded(output, wishes["data"], metric)
     if metric is not None:
@@ -171,8 +169,13 @@ def command(
         if as_json:
             click.echo(json.dumps(done[0] if len(plan) == 1 and done else done, indent=1))
         if report is not None and done:
-            reports.write(report, done)
+            reports.write(report, [_with_origin(found) for found in done])
     return worst
+
+
+def _with_origin(found: dict[str, Any]) -> dict[str, Any]:
+    source, output = found["input"], found["output"]
+    return with_provenance(with_weight_bytes(found, source, output), "optimize", source, output)
 
 
 def _show_all(results: Iterator[dict[str, Any]], done: list[dict[str, Any]], quiet: bool) -> int:

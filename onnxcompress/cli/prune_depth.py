@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.cli.training import POSITIVE, SHARE, optimizer_options
 from onnxcompress.errors import RecipeError
@@ -67,6 +68,13 @@ STAGES = "supernet,search,train"
     default=8,
     show_default=True,
     help="Subnets that are fitted whole and judged again.",
+)
+@click.option(
+    "--ranking",
+    type=POSITIVE,
+    default=512,
+    show_default=True,
+    help="Samples of --val that subnets are ranked for the shortlist by; all are taken where there is none.",
 )
 @click.option("--evaluations", type=POSITIVE, help="Of random [default: as many as ga].")
 @click.option(
@@ -131,7 +139,7 @@ STAGES = "supernet,search,train"
     "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Of torch; latency is timed with 1 if 0."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
-@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report, .md or .json.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(source: Path, output: Path | None, as_json: bool, quiet: bool, report: Path | None, **wishes: Any) -> None:
@@ -143,10 +151,8 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
     """
     _check(output, report, wishes)
     with _torch():
-        from onnxcompress.report import check_suffix
         from onnxcompress.train.depth.pruning import list_blocks, plan_depth, prune_depth
-    if report is not None:
-        check_suffix(report)
+    check_report(report)
     options = _options(wishes)
     with _bar(quiet) as (say, progress):
         if wishes["list_blocks"]:
@@ -301,11 +307,12 @@ def _show_plan(plan: Any, as_json: bool, quiet: bool) -> None:
 
 
 def _show(found: Any, as_json: bool, quiet: bool, report: Path | None) -> None:
-    from onnxcompress.report import write_as
     from onnxcompress.train.depth.describing import FIGURE_HEADER, figure_rows, result_lines, result_markdown
 
     if report is not None:
-        write_as(report, found.as_dict(), lambda: result_markdown(found))
+        models = (found.source, found.output)
+        content = with_weight_bytes(found.as_dict(), *models)
+        write_report(report, content, "prune-depth", *models, as_markdown=lambda: result_markdown(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:

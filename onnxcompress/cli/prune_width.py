@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import LARGEST_SIZE, MOST_THREADS, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.errors import RecipeError
 
@@ -63,7 +64,7 @@ GROUP_HEADER = ("group", "channels", "kept", "width")
 @click.option("--threads", type=click.IntRange(0, MOST_THREADS), default=1, show_default=True, help="For timing.")
 @click.option("--custom-ops", type=FilePath(), help="Shared library with custom operators.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
-@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report: FILE.json or FILE.md.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(
@@ -86,11 +87,9 @@ def command(
     `onnxcompress finetune OUT --teacher IN --distill`.
     """
     from onnxcompress.channels.options import WidthOptions, parse_goal
-    from onnxcompress.report import check_suffix, write_as
 
     _check(output, macs, latency, list_groups, dry_run)
-    if report is not None:
-        check_suffix(report)
+    check_report(report)
     goal = None
     if macs is not None:
         goal = parse_goal("macs", macs)
@@ -104,7 +103,8 @@ def command(
     if report is not None:
         from onnxcompress.channels.describing import result_markdown
 
-        write_as(report, found.as_dict(), lambda: result_markdown(found))
+        content = with_weight_bytes(found.as_dict(), source, found.output)
+        write_report(report, content, "prune-width", source, found.output, as_markdown=lambda: result_markdown(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import LARGEST_SIZE, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, write_report
 from onnxcompress.cli.terminal import print_rows
 
 EXIT_NOT_EQUIVALENT = 1
@@ -30,15 +31,20 @@ EXIT_NOT_EQUIVALENT = 1
     show_default=True,
     help="Seed of inputs and of the choice of samples.",
 )
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(reference: Path, candidate: Path, as_json: bool, **wishes: Any) -> int:
+def command(reference: Path, candidate: Path, report: Path | None, as_json: bool, **wishes: Any) -> int:
     """Compare model B with model A: interface, outputs, and a metric on labelled data.
 
     Exits with 1 when B differs by more than the tolerance.
     """
     from onnxcompress.validation.judge import validate as run
 
+    check_report(report)
     found = run(reference, candidate, **wishes)
+    if report is not None:
+        content = {"input": str(reference), "output": str(candidate), **found.as_dict()}
+        write_report(report, content, "validate", reference, candidate)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:

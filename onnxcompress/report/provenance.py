@@ -41,7 +41,7 @@ def _processor() -> str:
     return f"{name}, {count} usable" if name else f"{count} usable"
 
 
-def provenance(verb: str, command: str, files: Iterable[Path]) -> dict[str, Any]:
+def provenance_of(verb: str, command: str, files: Iterable[Path]) -> dict[str, Any]:
     """What a report file says of its own making.
 
     Args:

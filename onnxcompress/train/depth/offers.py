@@ -128,7 +128,14 @@ class Offer:
         return 0.0 if self.is_slower else self.latency_ms[0] - self.latency_ms[1]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "block": self.name, "kind": self.block.kind, "deletable": self.block.deletable}
+        place = self.block.add or self.name
+        return {
+            **asdict(self),
+            "block": self.name,
+            "place": place,
+            "kind": self.block.kind,
+            "deletable": self.block.deletable,
+        }
 
 
 def choose_blocks(
