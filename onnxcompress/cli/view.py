@@ -17,7 +17,10 @@ from onnxcompress.errors import RecipeError
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; any free one by default.")
 @click.option("--browser/--no-browser", default=True, help="Open the page (default).")
 def command(models: tuple[Path, ...], port: int, browser: bool) -> None:
-    """Show a model in Netron, or two side by side. Nodes that a pass made have its name among their metadata."""
+    """Show a model in Netron, or two side by side with a list of the nodes that differ: a click shows one in both.
+
+    Nodes that a pass made have its name among their metadata.
+    """
     from onnxcompress.view import Viewer
 
     if len(models) > 2:

@@ -1,48 +1,59 @@
-"""Models in Netron (https://netron.app), one or two side by side, served from this machine alone."""
+"""Netron, served from this machine alone, and a page with two of it side by side.
+
+Netron's own server keeps one model a process, so that two panes would show the same one, and its page asks for consent
+to telemetry before it shows anything. Here its files are served as they are, each model under a path of its own, with
+telemetry off. All come from one address, so that the page can show a node in either pane.
+"""
 
 from __future__ import annotations
 
+import datetime
 import html
-import socket
+import json
+import logging
+import mimetypes
+import re
 import threading
 import urllib.parse
 from collections.abc import Sequence
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files as resource_files
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from onnxcompress.errors import ModelError, RecipeError
+from onnxcompress.model_io import read_proto
+from onnxcompress.view.changes import NodeChange, node_changes
+
+logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-html,body{{margin:0;height:100%;font:14px system-ui,sans-serif;background:#fff;color:#222}}
-body{{display:flex}} section{{flex:1;display:flex;flex-direction:column;min-width:0}}
-section+section{{border-left:2px solid #888}}
-h1{{font-size:14px;font-weight:600;margin:0;padding:6px 10px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
-iframe{{flex:1;border:0;width:100%}}
-@media (max-width:700px){{body{{flex-direction:column}}section+section{{border-left:0;border-top:2px solid #888}}}}
-@media (prefers-color-scheme:dark){{html,body{{background:#1e1e1e;color:#ddd}}}}
-</style></head><body>
-{panes}
-</body></html>
-"""
+TYPES = {
+    ".js": "text/javascript",
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css",
+    ".onnx": "application/octet-stream",
+}
 PANE = '<section><h1>{name}</h1><iframe title="{name}" src="{url}"></iframe></section>'
+COUNT = "{count} {status}"
 
 
 class Viewer:
-    """Netron servers for the models, and for two of them a page that shows both.
+    """A server of Netron for the models, and for two of them of a page that shows both.
 
     Args:
         models: One or two files.
-        port: Port of the page, 0 for any free one; Netron's own servers take free ports.
+        port: Port of the page, 0 for any free one.
+
+    Attributes:
+        url: Where to look.
+        changes: Of two models, the nodes that differ.
 
     Raises:
-        ModelError: A file is missing.
+        ModelError: A file is missing, or one of two is no ONNX model.
         RecipeError: Netron is not installed, or the port is taken.
     """
 
@@ -50,42 +61,30 @@ class Viewer:
         for model in models:
             if not model.is_file():
                 raise ModelError(f"{model}: no such file")
-        try:
-            import netron
-        except ImportError as error:
-            raise RecipeError("netron is not installed: pip install 'onnxcompress[view]'") from error
-        self._netron: Any = netron
-        self._addresses: list[tuple[str, int]] = []
-        self._server: ThreadingHTTPServer | None = None
+        netron = find_spec("netron")
+        if netron is None or not netron.submodule_search_locations:
+            raise RecipeError("netron is not installed: pip install 'onnxcompress[view]'")
         self.closed = threading.Event()
+        self.changes: list[NodeChange] = []
+        page = None
+        paths = [f"{number}/" for number in range(len(models))]
+        if len(models) == 2:
+            self.changes = node_changes(*(read_proto(model).graph for model in models))
+            page = side_by_side(list(zip([model.name for model in models], paths, strict=True)), self.changes)
+        handler = _handler(Path(netron.submodule_search_locations[0]), dict(zip(paths, models, strict=True)), page)
         try:
-            for model in models:
-                address = (HOST, port if len(models) == 1 and port else _free_port())
-                _check_free(address)  # netron itself would wait for ever
-                self._netron.serve(str(model), None, address=address, browse=False)
-                self._addresses.append(address)
-            urls = [f"http://{host}:{number}" for host, number in self._addresses]
-            if len(models) == 1:
-                self.url = urls[0]
-                return
-            page = side_by_side(list(zip([model.name for model in models], urls, strict=True)))
-            self._server = ThreadingHTTPServer((HOST, port), _handler(page))
+            self._server = _Server((HOST, port), handler)
         except OSError as error:
-            self.close()
             raise RecipeError(f"port {port} cannot be used: {error.strerror}") from error
-        self.url = f"http://{HOST}:{self._server.server_address[1]}"
+        self.url = f"http://{HOST}:{self._server.server_address[1]}/{'' if page is not None else paths[0]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
-        """Stop all servers."""
-        if self._server is not None:
+        """Stop the server."""
+        if not self.closed.is_set():
             self._server.shutdown()
             self._server.server_close()
-            self._server = None
-        for address in self._addresses:
-            self._netron.stop(address)
-        self._addresses = []
-        self.closed.set()
+            self.closed.set()
 
     def __enter__(self) -> Viewer:
         return self
@@ -96,24 +95,52 @@ class Viewer:
         self.close()
 
 
-def side_by_side(panes: Sequence[tuple[str, str]]) -> str:
-    """The page that shows several Netron servers next to each other."""
+def side_by_side(panes: Sequence[tuple[str, str]], changes: Sequence[NodeChange] = ()) -> str:
+    """The page that shows Netrons next to each other, with a list of nodes to show in them."""
     shown = [PANE.format(name=html.escape(name), url=urllib.parse.quote(url, safe=":/")) for name, url in panes]
-    title = html.escape(" | ".join(name for name, _ in panes))
-    return PAGE.format(title=title, panes="\n".join(shown))
+    counts = {status: sum(one.status == status for one in changes) for status in ("changed", "new", "gone")}
+    filled = {
+        "title": html.escape(" | ".join(name for name, _ in panes)),
+        "panes": "\n".join(shown),
+        "summary": ", ".join(COUNT.format(count=count, status=status) for status, count in counts.items()),
+        # In a script element, </script> ends it, wherever it stands.
+        "changes": json.dumps([asdict(one) for one in changes]).replace("<", "\\u003c"),
+        "script": _template("page.js"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _template("page.html"))
 
 
-def _handler(page: str) -> type[BaseHTTPRequestHandler]:
-    body = page.encode()
+def _template(name: str) -> str:
+    return (resource_files("onnxcompress.view") / "templates" / name).read_text(encoding="utf-8")
 
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that closed a connection is no news."""
+        logger.debug("connection of %s ended early", client_address, exc_info=True)
+
+
+def _handler(netron: Path, models: dict[str, Path], page: str | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = self.path in ("/", "/index.html")
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(body) if found else 0))
+            self._answer()
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+            found = _found(path, netron, models, page)
+            body, kind = found if found is not None else (b"", "text/plain")
+            self.send_response(404 if found is None else 200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            # Netron asks for consent to its telemetry unless it has been given; there is no telemetry, see _index.
+            self.send_header("Set-Cookie", "consent=0; Path=/; SameSite=Strict")
             self.end_headers()
-            if found:
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -122,13 +149,42 @@ def _handler(page: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def _found(path: str, netron: Path, models: dict[str, Path], page: str | None) -> tuple[bytes, str] | None:
+    """The content of a path and its type; None where there is none."""
+    if path in ("/", "/index.html"):
+        return None if page is None else (page.encode(), TYPES[".html"])
+    prefix, slash, rest = path.removeprefix("/").partition("/")
+    model = models.get(prefix + slash)
+    if model is None:
+        return None
+    if rest in ("", "index.html"):
+        return _index(netron, model).encode(), TYPES[".html"]
+    if rest.startswith("data/"):
+        name = rest.removeprefix("data/")
+        data = model if name == model.name else _inside(model.resolve().parent, name)
+        return None if data is None else (data.read_bytes(), TYPES[".onnx"])
+    file = _inside(netron, rest)
+    if file is None or file.suffix == ".py":
+        return None
+    kind = TYPES.get(file.suffix) or mimetypes.guess_type(file.name)[0] or TYPES[".onnx"]
+    return file.read_bytes(), kind
 
 
-def _check_free(address: tuple[str, int]) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
+def _inside(folder: Path, name: str) -> Path | None:
+    """A file below a folder, by its name; links out of the folder lead nowhere."""
+    place = (folder / name).resolve()
+    return place if place.is_file() and place.is_relative_to(folder.resolve()) else None
+
+
+def _index(netron: Path, model: Path) -> str:
+    """Netron's page with the model's address; no version means no telemetry, and one too old would show nothing."""
+    text = (netron / "index.html").read_text(encoding="utf-8")
+    name = urllib.parse.quote(model.name)
+    text = re.sub(
+        r'<meta name="version" content="[^"]*">',
+        f'<meta name="type" content="Python">\n<meta name="version" content="0.0.0">\n'
+        f'<meta name="file" content="data/{name}">\n<meta name="identifier" content="{html.escape(model.name)}">',
+        text,
+    )
+    today = datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return re.sub(r'<meta name="date" content="[^"]*">', f'<meta name="date" content="{today}">', text)
