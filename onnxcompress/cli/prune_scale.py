@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.cli.training import POSITIVE, SHARE, optimizer_options
 from onnxcompress.errors import RecipeError
@@ -99,7 +100,7 @@ from onnxcompress.errors import RecipeError
     "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Of torch; latency is timed with 1 if 0."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
-@click.option("--report", type=FilePath(), metavar="FILE", help="Write a report, .md or .json.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 def command(source: Path, output: Path | None, as_json: bool, quiet: bool, report: Path | None, **wishes: Any) -> None:
@@ -111,10 +112,8 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
     """
     _check(output, report, wishes)
     with _torch():
-        from onnxcompress.report import check_suffix
         from onnxcompress.train.scale.pruning import plan_scale, prune_scale
-    if report is not None:
-        check_suffix(report)
+    check_report(report)
     options = _options(wishes)
     with _bar(quiet) as (told, stepped):
         if wishes["dry_run"]:
@@ -230,11 +229,12 @@ def _show_plan(plan: Any, as_json: bool, quiet: bool) -> None:
 
 
 def _show(found: Any, as_json: bool, quiet: bool, report: Path | None) -> None:
-    from onnxcompress.report import write_as
     from onnxcompress.train.scale.describing import FIGURE_HEADER, figure_rows, result_lines, result_markdown
 
     if report is not None:
-        write_as(report, found.as_dict(), lambda: result_markdown(found))
+        models = (found.source, found.output)
+        content = with_weight_bytes(found.as_dict(), *models)
+        write_report(report, content, "prune-scale", *models, as_markdown=lambda: result_markdown(found))
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:

@@ -141,7 +141,7 @@ def _search(found: Mapping[str, Any], offers: Sequence[Mapping[str, Any]]) -> Se
     candidates = set(ranked)
     series = [
         Series("within the goal", [point for bits, point in points.items() if bits in candidates and bits != best]),
-        Series("chosen by the search", [points[best]] if best in points else []),
+        Series("chosen", [points[best]] if best in points else []),
         Series("others scored", [point for bits, point in points.items() if bits not in candidates and bits != best]),
     ]
     series = [one for one in series if one.points]
@@ -157,7 +157,7 @@ def _search(found: Mapping[str, Any], offers: Sequence[Mapping[str, Any]]) -> Se
         for rank, bits in enumerate(ranked[:BEST_SHOWN], 1)
     ]
     table = Table(("rank", "score", "blocks", "pruned"), rows, "Best subnets")
-    best_score = "" if found["score"] is None else f"; the best score is {found['score']:.5g}"
+    best_score = "" if found["score"] is None else f"; the chosen one came to {found['score']:.5g}"
     note = f"{found['evaluations']:,} subnets were scored by {found['method']}{best_score}."
     return Section("Search", [Row(plots), table], note)
 

@@ -37,6 +37,7 @@ from onnxcompress.report.pages.sections import (
     layer_bytes,
     metric_axis,
     metric_card,
+    metric_cell,
     metric_name,
     metric_row,
     plain_blocks,
@@ -132,9 +133,9 @@ def _pruned(content: Content) -> Section:
 
 def _choice(found: Mapping[str, Any], metric: str) -> Section:
     rows = [
-        [text(f"predicted {metric_name(metric)}"), text(figure_text(metric, found["predicted"]))],
+        [text(f"predicted {metric_name(metric)}"), metric_cell(metric, found["predicted"])],
         [text("its standard deviation"), number(found["deviation"], ".2g")],
-        [text("predicted by the axes alone"), text(figure_text(metric, found["product"]))],
+        [text("predicted by the axes alone"), metric_cell(metric, found["product"])],
         [text("error of that off the axes, root mean square"), number(found["off_axis_error"], ".2g")],
         [text("cost, of the original's"), number(found["cost"], ".3f")],
         [text("allowed"), number(found["limit"], ".3f")],
@@ -201,8 +202,8 @@ def _collected(found: Mapping[str, Any], metric: str) -> Section:
             *(number(size, ".3f") for size in point["sizes"]),
             number(point["macs"], ",.0f"),
             number(point["cost"], ".3f"),
-            text(figure_text(metric, point["fitted"])),
-            text(figure_text(metric, point["figure"])),
+            metric_cell(metric, point["fitted"]),
+            metric_cell(metric, point["figure"]),
             number(point["seconds"], ",.0f"),
         ]
         for point in found["points"]

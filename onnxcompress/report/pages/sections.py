@@ -131,8 +131,13 @@ def metric_card(name: str, before: float | None, after: float | None, *, tone: T
 
 
 def metric_row(name: str, before: float | None, after: float | None) -> list[Cell]:
-    sides = [Cell(figure_text(name, value), value) for value in (before, after)]
-    return [text(metric_name(name)), *sides, text(figure_change(name, before, after))]
+    sides = [metric_cell(name, value) for value in (before, after)]
+    change_value = None if before is None or after is None else after - before
+    return [text(metric_name(name)), *sides, Cell(figure_change(name, before, after), change_value)]
+
+
+def metric_cell(name: str, value: float | None) -> Cell:
+    return Cell(figure_text(name, value), value)
 
 
 def latency_rows(latency: Mapping[str, Any]) -> list[list[Cell]]:
