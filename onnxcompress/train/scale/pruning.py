@@ -13,7 +13,6 @@ command.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
@@ -34,23 +33,17 @@ from onnxcompress.channels.groups import find_channels
 from onnxcompress.channels.ranking import magnitudes
 from onnxcompress.codebook.workers import processors
 from onnxcompress.cost import count
-from onnxcompress.errors import EquivalenceError, OnnxCompressError, RecipeError
+from onnxcompress.errors import OnnxCompressError, RecipeError
 from onnxcompress.graph import Graph
-from onnxcompress.measure import Figures, LatencyFigures, compare_latency, figures
-from onnxcompress.model_io import StagedFile, save, to_proto
 from onnxcompress.optimizer import check_target
-from onnxcompress.runtime import REFERENCE
-from onnxcompress.train.checkpoint import Checkpoint, difference, digest
+from onnxcompress.train.checkpoint import difference
 from onnxcompress.train.depth.costs import merge
-from onnxcompress.train.depth.given import TIMING_S
 from onnxcompress.train.depth.offers import BudgetError
-from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.search import write_whole
-from onnxcompress.train.loop import Progress as StepProgress
-from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, scale, structure, width_ladder
+from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, structure, width_ladder
 from onnxcompress.train.scale.collecting import WAY_OUT, Collector, axis_points, point_at
+from onnxcompress.train.scale.finishing import Finisher, StepSay, compare
 from onnxcompress.train.scale.given import Given
-from onnxcompress.train.scale.making import Made, move_weights, prune, train_graph
 from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOptions, ScalePlan, ScaleResult
 from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
 from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
@@ -58,19 +51,13 @@ from onnxcompress.train.scale.solving import Levels, cross_check
 from onnxcompress.train.scale.timing import LatencyTable
 from onnxcompress.train.supervision import Supervision
 from onnxcompress.train.torch_graph import TorchGraph
-from onnxcompress.validation.equivalence import Reference, for_runtime, read_model, run_model
-from onnxcompress.validation.judge import METRIC_TOLERANCE
-from onnxcompress.validation.signature import interface_differences
 
 logger = logging.getLogger(__name__)
 
 HOPE = 1.0  # standard deviations that a candidate is credited with
-_COMPARED_BATCHES = 8
 _TRIALS = 8  # triples that are built or timed before the goal is given up
 
 Say = Callable[[Progress], None]
-StepSay = Callable[[StepProgress], None]
-Shrink = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def prune_scale(
@@ -134,12 +121,13 @@ class Job:
         self.say("reading the model")
         self.ladders = self._ladders()
         self.table = count_all(given.graph, self.ladders, float(given.figures.macs))
+        self.predictor: Predictor | None = None  # what a decision was made by
         self.latency: LatencyTable | None = None
         if self.goal.kind == "latency":
             self.latency = LatencyTable(
                 self.table,
                 self.merged,
-                self.compare,
+                lambda path: compare(given, path),
                 self.folder / "latency.json",
                 resume=options.resume,
                 say=self.say,
@@ -155,7 +143,8 @@ class Job:
         if chosen is None:
             decision = self.decide()
             chosen = decision.chosen
-        return self._finish(output, chosen, decision)
+        finisher = Finisher(self.given, self.ladders, self.limit, self.folder, self.say, self.steps)
+        return replace(finisher.finish(output, chosen, decision), seconds=time.monotonic() - self.start)
 
     # -- ladders -------------------------------------------------------------------------------------------------------
 
@@ -283,6 +272,7 @@ class Job:
                 epochs = options.round_epochs * options.rounds
                 mixed += collector.collect([(point_at(self.table, "mixed", levels), None, epochs)])
                 predictor = self._predictor(supervision, base, measured, mixed)
+            self.predictor = predictor
             chosen = self._choose(predictor, points)
         return self._decision(supervision, predictor, measured, mixed, chosen, time.monotonic() - start)
 
@@ -310,10 +300,11 @@ class Job:
         samples = len(self.given.judged.dataset)
         # Of a share of samples; other figures say themselves how much chance there is in them.
         chance = math.sqrt(max(base * (1 - base), 0.25 / samples) / samples) if 0 <= base <= 1 else 0.0
-        sizes, places = self._coordinates([point.levels for point in everything])
+        sizes, places = self.coordinates([point.levels for point in everything])
         return corrected(predictor, sizes, places, np.array([p.figure for p in everything]), noise=chance)
 
-    def _coordinates(self, triples: Sequence[Levels]) -> tuple[np.ndarray, np.ndarray]:
+    def coordinates(self, triples: Sequence[Levels]) -> tuple[np.ndarray, np.ndarray]:
+        """(n, 3) sizes and (n, 3) places of triples."""
         sizes = np.array([self.table.size(levels) for levels in triples])
         return sizes, np.array([self.table.place(levels, self.limit) for levels in triples])
 
@@ -331,14 +322,14 @@ class Job:
             return None
         if not mixed:
             return self.table.nearest(free, [1.0 if axis in self._axes else 0.0 for axis in AXES], self.limit)
-        return free[predictor.best(*self._coordinates(free), hope=HOPE)]
+        return free[predictor.best(*self.coordinates(free), hope=HOPE)]
 
     def _choose(self, predictor: Predictor, points: Mapping[str, Sequence[Point]]) -> Levels:
         """The best triple whose real graph keeps the goal."""
         left = self.candidates(points)
         for _ in range(_TRIALS):
             largest = self.table.largest(left)  # to prune more than is needed is never better
-            best = largest[predictor.best(*self._coordinates(largest))]
+            best = largest[predictor.best(*self.coordinates(largest))]
             if self.is_within(best):
                 return best
             # Estimates of latency have moved; an exact count that is off is so for others as well.
@@ -370,11 +361,11 @@ class Job:
         seconds: float,
     ) -> Decision:
         assert supervision.metric is not None
-        sizes, places = self._coordinates([chosen])
+        sizes, places = self.coordinates([chosen])
         value, deviation = predictor.predict(sizes, places)
         off = None
         if mixed:
-            there, _ = self._coordinates([point.levels for point in mixed])
+            there, _ = self.coordinates([point.levels for point in mixed])
             errors = np.array([point.figure for point in mixed]) - predictor.product(there)
             off = float(np.sqrt(np.mean(errors**2)))
         last = self._last(measured)
@@ -456,189 +447,3 @@ class Job:
             "mixed": mixed * per_round * options.rounds,
             "train": each * whole + judging * whole / every,
         }
-
-    # -- the result ----------------------------------------------------------------------------------------------------
-
-    def make(self, chosen: Levels) -> tuple[Graph, Made]:
-        """The original pruned to a triple, fitted and trained; the weights are in the graph."""
-        self.say("pruning and fitting")
-        graph = prune(self.given, self.ladders, chosen)
-        self.say("training the pruned network")
-        made = train_graph(
-            self.given,
-            graph,
-            self.options.training,
-            checkpoint=lambda twin, supervision: self._checkpoint(twin, chosen),
-            progress=self.steps,
-        )
-        made.twin.to("cpu").write_back(graph)
-        return graph, made
-
-    def _checkpoint(self, twin: TorchGraph, chosen: Levels) -> Checkpoint:
-        settings = self.options.training
-        # The fitted weights may differ in the last digits from run to run, and those of the checkpoint win.
-        identity = self.given.identity() | {
-            "levels": list(chosen),
-            "trained weights": digest([("\n".join(name for name, _ in twin.named_parameters()), np.ones(1))]),
-            "epochs": settings.epochs,
-            "steps": settings.steps,
-        }
-        return Checkpoint(self.folder / "train", identity, resume=self.options.resume)
-
-    def _finish(self, output: Path, chosen: Levels, decision: Decision | None) -> ScaleResult:
-        given, options = self.given, self.options
-        graph, made = self.make(chosen)
-        metric, expected, name = made.supervision.metric, made.supervision.expected, made.supervision.output
-        assert metric is not None and expected is not None
-        wanted, shrink = self._interface(graph, chosen)
-        self.say("merging")
-        merged = merge(wanted, runtime=given.runtime)
-        self.say("checking on onnxruntime")
-        with self._staged(wanted) as plain, StagedFile(merged, output) as staged:
-            self._check_interface(staged.path, chosen)
-            error = self._merge_error(plain, staged.path, shrink)
-            before = metric.measure(expected, self._outputs(given.source, name))
-            after = metric.measure(expected, self._outputs(staged.path, name, shrink))
-            off = abs(metric.drop(made.figure, after, expected))
-            allowed = max(METRIC_TOLERANCE, 1.5 / len(given.judged.dataset))
-            if not off <= allowed:
-                raise EquivalenceError(
-                    f"{metric.name} is {after:.6g} on onnxruntime and {made.figure:.6g} in torch, {off:.1e} apart, "
-                    f"allowed {allowed:.1e}"
-                )
-            self.say("timing")
-            result = figures(merged, staged.size_bytes)
-            latency = self._latency(graph, staged.path, same=wanted is graph)
-            self._check_goal(result, latency)
-            staged.commit()
-        if options.checkpoint is None:
-            self.remove_state()
-        return ScaleResult(
-            source=str(given.source),
-            output=str(output),
-            goal=self.goal.text,
-            learned_from=made.supervision.text,
-            metric=metric.name,
-            samples=len(given.judged.dataset),
-            decision=decision,
-            deleted=[block.name for block in self.ladders.blocks[: chosen[0]]],
-            channels={
-                group: (len(self.ladders.orders[group]) - taken, len(self.ladders.orders[group]))
-                for group, taken in self.ladders.widths[chosen[1]].items()
-            },
-            pixels=(self.ladders.pixels[0], self.ladders.pixels[chosen[2]]),
-            native=options.native,
-            before=before,
-            fitted=made.fitted,
-            after=after,
-            figures_before=given.figures,
-            figures_after=result,
-            latency=latency,
-            merge_error=error,
-            training=made.training,
-            seconds=time.monotonic() - self.start,
-        )
-
-    # -- a smaller input -----------------------------------------------------------------------------------------------
-
-    def _interface(self, graph: Graph, chosen: Levels) -> tuple[Graph, Shrink]:
-        """The graph with the input that is wished for, and what makes its feeds of those of the original."""
-        if not (self.options.native and chosen[2]):
-            return graph, lambda feed: dict(feed)
-        native = structure(self.given.graph, self.ladders, (chosen[0], chosen[1], 0))
-        move_weights(graph, native)
-        ratio = self.ladders.pixels[chosen[2]] / self.ladders.pixels[0]
-        name = scale(native, ratio, native=True).input_name
-        image = next(tensor for tensor in graph.inputs if tensor.name == name)
-        resized = str(image.outputs[0].outputs[0].name)
-        twin = TorchGraph(graph, trainable=lambda name: False)
-
-        def shrink(feed: Mapping[str, Any]) -> dict[str, Any]:
-            tensors = {key: torch.from_numpy(np.asarray(value)) for key, value in feed.items()}
-            with torch.no_grad():
-                return {**feed, name: twin(tensors, [resized])[resized].numpy()}
-
-        return native, shrink
-
-    def _check_interface(self, path: Path, chosen: Levels) -> None:
-        """Raises EquivalenceError where a caller would notice more than a smaller image."""
-        expected = self.given.proto
-        if self.options.native and chosen[2]:
-            copied = copy_graph(self.given.graph)
-            scale(copied, self.ladders.pixels[chosen[2]] / self.ladders.pixels[0], native=True)
-            expected = to_proto(copied)
-        different = interface_differences(expected, read_model(path))
-        if different:
-            raise EquivalenceError(f"the interface has changed: {different[0]}")
-
-    def _latency(self, graph: Graph, path: Path, *, same: bool) -> LatencyFigures:
-        """The result and the original, timed with one feed: where theirs differ, with the Resize inside."""
-        if same:
-            return self.compare(path)
-        with self._staged(merge(graph, runtime=self.given.runtime)) as resizing:
-            return self.compare(resizing)
-
-    @contextlib.contextmanager
-    def _staged(self, graph: Graph) -> Any:
-        with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
-            path = Path(folder) / "model.onnx"
-            save(graph, path)
-            yield path
-
-    def _outputs(self, path: Path, output: str, shrink: Shrink = dict) -> np.ndarray:
-        judged = self.given.judged
-        feeds = (shrink(feed) for feed, _ in judged.dataset.batches(judged.size))
-        rows = run_model(self.given.runtime, path, feeds, REFERENCE, outputs=[output])
-        return np.concatenate([np.atleast_1d(np.asarray(row[0], np.float32)) for row in rows])
-
-    def _merge_error(self, unmerged: Path, merged: Path, shrink: Shrink) -> float:
-        """The largest difference of an output over its range.
-
-        Raises:
-            EquivalenceError: It is above the tolerance.
-        """
-        judged = self.given.judged
-        feeds = [shrink(feed) for feed, _ in itertools.islice(judged.dataset.batches(judged.size), _COMPARED_BATCHES)]
-        reference = Reference(unmerged, feeds, self.given.runtime)
-        comparison = reference.compare(merged, tolerance=self.options.tolerance, allowance=False)
-        if not comparison.equivalent:
-            raise EquivalenceError(
-                f"merged and unmerged differ: {comparison.message()}; --tolerance allows more, the trained weights are "
-                f"kept in {self.folder}"
-            )
-        return max((found.relative for found in comparison.outputs), default=0.0)
-
-    def compare(self, path: Path) -> LatencyFigures:
-        """A file and the original, timed in turns."""
-        feed = next(self.given.judged.ordered(1)).feeds
-        return compare_latency(
-            self.given.runtime,
-            for_runtime(self.given.source),
-            for_runtime(path),
-            {name: value.numpy() for name, value in feed.items()},
-            threads=self.options.threads or 1,
-            budget_s=TIMING_S,
-            max_runs=1000,
-        )
-
-    def _check_goal(self, result: Figures, latency: LatencyFigures) -> None:
-        """BudgetError where the written file would miss the goal."""
-        if self.goal.kind == "macs":
-            if result.macs > self.limit:
-                raise BudgetError(f"{self.goal.text}: the result has {result.macs:,} MACs, allowed {self.limit:,.0f}")
-            return
-        share = self.goal.amount if self.goal.relative else self.goal.amount / latency.original_ms
-        if 1 / latency.high > share:  # the interval of the measurement included
-            raise BudgetError(
-                f"{self.goal.text}: the result takes {latency.result_ms:.3f} ms, {1 / latency.ratio:.3f}x of the "
-                f"original's {latency.original_ms:.3f} ms, allowed {share:.3f}x; its weights are kept in {self.folder}"
-            )
-
-    def remove_state(self) -> None:
-        """Delete what a run that is done has no use for."""
-        Checkpoint(self.folder / "train", {}).remove()
-        lists = (self.folder / f"{name}.json" for name in ("points", "ladders", "latency"))
-        for path in (*self.folder.glob("*-*-*-*.onnx"), *lists):
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else lies there
-            self.folder.rmdir()
