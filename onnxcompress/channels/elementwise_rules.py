@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnxcompress.channels.labels import Line, lines, padded, varied
-from onnxcompress.channels.trace import UNKNOWN, Offset, Trace
+from onnxcompress.channels.trace import UNKNOWN, WILD, Offset, Trace
 from onnxcompress.graph import Node, Tensor, is_constant, optional_input, scalar_value
 
 Number = Callable[[float, Node], float]
@@ -56,6 +56,8 @@ UNARY: dict[str, Number] = {
     "ThresholdedRelu": lambda x, n: x if x > n.attrs.get("alpha", 1.0) else 0.0,
 }
 
+PARTIAL = frozenset({"Log", "Reciprocal", "Sqrt"})  # they make no finite number of some
+
 
 def unary(trace: Trace, node: Node) -> None:
     """One tensor in, one of its shape out."""
@@ -65,18 +67,25 @@ def unary(trace: Trace, node: Node) -> None:
         trace.freeze(x, node, "its mask is read")
         return
     rest = trace.rest(x) if labels is not None else UNKNOWN
-    found = UNKNOWN
-    if not math.isnan(rest):
-        try:
-            found = float(UNARY[node.op](rest, node))
-        except (ArithmeticError, ValueError):
-            found = UNKNOWN
-    trace.set(node.outputs[0], labels, found if math.isfinite(found) else UNKNOWN)
+    trace.set(node.outputs[0], labels, _made_of(rest, node))
+
+
+def _made_of(rest: float, node: Node) -> float:
+    if math.isnan(rest):
+        return WILD if node.op in PARTIAL else UNKNOWN
+    try:
+        found = float(UNARY[node.op](rest, node))
+    except (ArithmeticError, ValueError):
+        return WILD
+    return WILD if math.isinf(rest) or math.isinf(found) or (math.isnan(found) and node.op in PARTIAL) else found
 
 
 def clip(trace: Trace, node: Node) -> None:
     """Clip, its limits attributes or inputs."""
     rest = trace.rest(node.inputs[0]) if trace.of(node.inputs[0]) is not None else UNKNOWN
+    if math.isinf(rest):
+        trace.set(node.outputs[0], trace.of(node.inputs[0]), rest)
+        return
     for slot, name, choose in ((1, "min", max), (2, "max", min)):
         limit: float | int | bool | None = node.attrs.get(name)
         tensor = optional_input(node, slot)
@@ -128,19 +137,38 @@ def several(trace: Trace, node: Node) -> None:
     labels = _together(trace, node, rank)
     if labels is None:
         return
-    operands = node.inputs[1:] if node.op == "Where" else node.inputs
-    rest = _rest(trace, node, operands[0])
-    for other in operands[1:]:
-        try:
-            rest = BINARY[node.op](rest, _rest(trace, node, other))
-        except (ArithmeticError, ValueError):
-            rest = UNKNOWN
+    rest = _rest_of_all(trace, node)
     for slot, tensor in enumerate(node.inputs):
         if is_constant(tensor):
             trace.bind_constant(node, slot, labels, rank, "other")
             if node.op in OFFSETS:
                 trace.offsets.append(Offset(node, slot, padded(labels, rank)))
-    trace.set(node.outputs[0], labels, rest if math.isfinite(rest) else UNKNOWN)
+    trace.set(node.outputs[0], labels, rest)
+
+
+def _rest_of_all(trace: Trace, node: Node) -> float:
+    operands = node.inputs[1:] if node.op == "Where" else node.inputs
+    rests = [_rest(trace, node, tensor) for tensor in operands]
+    if any(map(math.isinf, rests)) or (node.op in ("Div", "Mod") and _may_be_zero(trace, operands[1])):
+        return WILD
+    rest = rests[0]
+    for other in rests[1:]:
+        try:
+            rest = BINARY[node.op](rest, other)
+        except (ArithmeticError, ValueError):
+            return WILD
+    exponent = rests[-1]
+    if node.op == "Pow" and math.isnan(rest) and not (exponent >= 0 and exponent.is_integer()):
+        return WILD
+    return WILD if math.isinf(rest) else rest
+
+
+def _may_be_zero(trace: Trace, divisor: Tensor) -> bool:
+    """Whether a removed channel may be divided by 0; a divisor of all channels is what it was."""
+    if trace.of(divisor) is None:
+        return False
+    rest = trace.rest(divisor)
+    return rest == 0 or math.isnan(rest)
 
 
 def _rest(trace: Trace, node: Node, tensor: Tensor) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Group:
         producers: Nodes whose weights make them.
         consumers: Nodes whose weights read them.
         frozen: Why none of them can be removed; "" where they can.
+        approximate: Why the graph without them is not the graph with zeros in what makes them; "" where it is.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Group:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     frozen: str = ""
+    approximate: str = ""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,11 @@ class Group:
 
     def as_dict(self) -> dict[str, Any]:
         found = {"name": self.name, "channels": self.size, "width": self.width, "producers": list(self.producers)}
-        return found | {"consumers": list(self.consumers), "frozen": self.frozen}
+        return found | {
+            "consumers": list(self.consumers),
+            "frozen": self.frozen,
+            "approximate": self.approximate,
+        }
 
 
 class Channels:
@@ -74,6 +80,7 @@ class Channels:
             Binding(b.node, b.slot, b.axis, Line(roots(b.line.labels), b.line.axis), b.role) for b in trace.bindings
         ]
         self.repairs: list[Repair] = trace.repairs
+        self.references: list[Repair] = trace.references
         self.offsets = trace.offsets
         self.works = [Work(w.node, tuple(roots(f) for f in w.factors)) for w in trace.works]
         self.labels = {tensor: roots(labels) for tensor, labels in trace.labels.items()}
@@ -96,6 +103,11 @@ class Channels:
             for atoms in self.atoms_of(Line(roots(line.labels), line.axis))
             for atom in atoms
         }
+        self.approximate: dict[int, str] = {}
+        for place in trace.approximations:
+            for gone in self.atoms_of(Line(roots(place.line.labels), place.line.axis)):
+                for atom in gone:
+                    self.approximate.setdefault(atom, place.why)
         self.groups = self._group()
         self.by_name = {group.name: group for group in self.groups}
 
@@ -172,7 +184,8 @@ class Channels:
             read = sorted({n for a in atoms for n in consumers.get(a, ())}, key=lambda n: order.get(n, 0))
             if made or reason:
                 wide = min((width[a] for a in atoms if a in width), default=1)
-                found.append(Group(made[0] if made else "", tuple(atoms), wide, tuple(made), tuple(read), reason))
+                near = "" if reason else next((self.approximate[a] for a in atoms if a in self.approximate), "")
+                found.append(Group(made[0] if made else "", tuple(atoms), wide, tuple(made), tuple(read), reason, near))
         found = [group for group in found if group.name]
         found.sort(key=lambda group: (bool(group.frozen), order.get(group.name, 0), group.atoms))
         return _numbered(found)
@@ -221,7 +234,7 @@ def _numbered(groups: list[Group]) -> list[Group]:
     for group in groups:
         number = seen[group.name] = seen.get(group.name, 0) + 1
         name = group.name if number == 1 else f"{group.name}#{number}"
-        result.append(Group(name, group.atoms, group.width, group.producers, group.consumers, group.frozen))
+        result.append(replace(group, name=name))
     return result
 
 

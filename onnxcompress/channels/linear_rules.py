@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from onnxcompress.channels.labels import Line, lines, on_axis, varied
-from onnxcompress.channels.trace import UNKNOWN, Keeping, Role, Trace, is_fixed
-from onnxcompress.graph import Graph, Node, Tensor, is_constant, optional_input
+from onnxcompress.channels.trace import UNKNOWN, WILD, Keeping, Role, Trace, blurred, is_fixed, multiply_by_mask
+from onnxcompress.graph import Graph, Node, Tensor, is_constant, numpy_dtype, optional_input
 
 
 def conv(trace: Trace, node: Node) -> None:
@@ -56,7 +56,7 @@ def _convolution(trace: Trace, node: Node, *, transposed: bool) -> None:
 def _plain(trace: Trace, node: Node, line: Line | None, out: Line, axes: tuple[int, int]) -> None:
     if line is not None:
         trace.bind(node, 1, axes[0], line, "input")
-        trace.want_zero(node.inputs[0], 1, node)
+        trace.ignore(node.inputs[0], 1, node)
     trace.bind(node, 1, axes[1], out, "weight")
     trace.work(node, out.labels, None if line is None else line.labels)
 
@@ -85,7 +85,7 @@ def _positions(trace: Trace, node: Node, line: Line | None, out: Line, group: in
     sides: list[tuple[Line, Role]] = [(out, "weight")]
     if line is not None:
         sides.append((line, "input"))
-        trace.want_zero(node.inputs[0], 1, node)
+        trace.ignore(node.inputs[0], 1, node)
     for side, role in sides:
         by_group = side.labels.reshape(group, -1)
         trace.space.unite(by_group, by_group[:1])
@@ -127,7 +127,7 @@ def _contracted(trace: Trace, node: Node, x: Tensor, axis: int) -> Line | None:
     """The channels that a matrix product sums over; frozen unless they are 0 once removed."""
     line = trace.channel_line(x, axis)
     if line is not None:
-        trace.want_zero(x, axis, node)
+        trace.ignore(x, axis, node)
     elif trace.of(x) is not None:
         trace.freeze_axis(x, axis, node, "sums over one axis of several that have channels")
     return line
@@ -163,7 +163,7 @@ def matmul(trace: Trace, node: Node) -> None:
         if inner in varied(passing):
             trace.freeze(x, node, "sums over one axis of several that have channels")
             return
-        trace.set(node.outputs[0], passing, 0.0 if trace.rest(x) == 0 else UNKNOWN)
+        trace.set(node.outputs[0], passing, 0.0 if trace.rest(x) == 0 else blurred(trace.rest(x)))
         trace.work(node, passing)
         return
     made = trace.new(int(weight.shape[made_axis]), inner, rank)
@@ -203,7 +203,8 @@ def _product(trace: Trace, node: Node) -> None:
         keep = set(batch) | ({rank - 2} if rows else {rank - 1})
         found = found if set(varied(found)) <= keep else None
     if found is not None:
-        rest = 0.0 if trace.rest(a) == 0 or trace.rest(b) == 0 else UNKNOWN
+        rests = (trace.rest(a) if left is not None else UNKNOWN, trace.rest(b) if right is not None else UNKNOWN)
+        rest = WILD if WILD in rests else 0.0 if 0 in rests else UNKNOWN
         trace.set(node.outputs[0], found, rest)
     inner = left if left is not None and rank - 1 in left_axes else None
     trace.work(node, *([inner] if inner is not None else []), *([found] if found is not None and inner is None else []))
@@ -221,8 +222,10 @@ def _unite_summed(trace: Trace, node: Node, a: Tensor, b: Tensor) -> None:
             trace.space.unite(left, turned)
         else:
             trace.space.link(Line(left, rank - 1), Line(right, rank - 2))
-        if trace.rest(a) != 0 and trace.rest(b) != 0:
-            trace.freeze_axis(a, rank - 1, node, "sums over channels that would not be 0 once removed")
+        if WILD in (trace.rest(a), trace.rest(b)):
+            trace.freeze_axis(a, rank - 1, node, "a removed channel might be no finite number there")
+        elif trace.rest(a) != 0 and trace.rest(b) != 0:
+            trace.mask(node, 0, rank - 1)
     elif has_left:
         trace.freeze_axis(a, rank - 1, node, "sums over channels that the other operand keeps")
     elif has_right:
@@ -302,13 +305,66 @@ def group_normalization(trace: Trace, node: Node) -> None:
 
 
 def layer_normalization(trace: Trace, node: Node) -> None:
-    """LayerNormalization: its mean is over all channels, so none can go; others than the last axes may."""
-    x = node.inputs[0]
-    first = int(node.attrs.get("axis", -1)) % len(x.shape)
-    _whole_axes(trace, node, range(first, len(x.shape)), "averages over all channels")
+    """LayerNormalization and RMSNormalization: over the channels that stay, as if the others held their mean.
+
+    With K of n channels left, their mean m and variance v, n channels of which the others are m have the mean m and the
+    variance v K / n. So (x - m) / sqrt(v K / n + epsilon) is a normalization of K channels, its scale times
+    sqrt(n / K), its epsilon times n / K. For RMSNormalization the others are 0, which is what zeros are.
+    """
+    x, y = node.inputs[0], node.outputs[0]
     labels = trace.of(x)
-    if labels is not None and not any(axis >= first for axis in varied(labels)):
-        trace.set(node.outputs[0], labels, UNKNOWN)
+    first = int(node.attrs.get("axis", -1)) % len(x.shape)
+    if labels is None:
+        return
+    over = [axis for axis in varied(labels) if axis >= first]
+    if not over:
+        trace.set(y, labels, blurred(trace.rest(x)))
+        return
+    if over != list(varied(labels)) or first != len(x.shape) - 1:
+        trace.freeze(x, node, "averages over channels on one axis of several")
+        return
+    if any(not is_constant(tensor) for tensor in node.inputs[1:]) or len(node.outputs) > 1:
+        trace.freeze(x, node, "its parameters are not constants, or its mean is read")
+        return
+    if trace.rest(x) == WILD:
+        trace.freeze(x, node, "a removed channel might be no finite number there")
+        return
+    line = Line(labels, first)
+    for slot, role in ((1, "scale"), (2, "bias")):
+        if optional_input(node, slot) is not None:
+            trace.bind(node, slot, 0, line, role)  # type: ignore[arg-type]
+    _normalize_the_rest(trace, node, line)
+    trace.set(y, labels, 0.0)
+
+
+def _normalize_the_rest(trace: Trace, node: Node, line: Line) -> None:
+    is_centred = node.op == "LayerNormalization"
+    if is_centred:
+        trace.approximate(line, node, "takes mean and variance over the channels that stay")
+
+    def act(graph: Graph, keeping: Keeping) -> None:
+        growth = line.size / keeping.count(line)
+        node.attrs["epsilon"] = float(node.attrs.get("epsilon", 1e-5)) * growth
+        scale = node.inputs[1]
+        grown = graph.new_constant(scale.name, (scale.values * np.sqrt(growth)).astype(scale.dtype))
+        node.inputs = [grown if i == 1 else tensor for i, tensor in enumerate(node.inputs)]
+        graph.touch(node)
+
+    def refer(graph: Graph, keeping: Keeping) -> None:
+        """Let removed channels hold the mean of the others."""
+        kept = multiply_by_mask(graph, keeping, node, 0, line.labels)
+        if not is_centred:
+            return
+        axes = graph.new_constant("axes", np.array([line.axis], np.int64))
+        total = graph.insert("ReduceSum", [kept, axes], before=node).outputs[0]
+        share = keeping.removed[line.labels] / keeping.count(line)
+        places = graph.new_constant("share", share.astype(numpy_dtype(kept) or np.float32))
+        holes = graph.insert("Mul", [total, places], before=node).outputs[0]
+        filled = graph.insert("Add", [kept, holes], before=node).outputs[0]
+        node.inputs = [filled, *node.inputs[1:]]
+
+    trace.repair(node, line.labels, act)
+    trace.refer(node, line.labels, refer)
 
 
 def softmax(trace: Trace, node: Node) -> None:
@@ -321,7 +377,7 @@ def softmax(trace: Trace, node: Node) -> None:
     _whole_axes(trace, node, axes, "sums over all channels, and one that is 0 counts")
     labels = trace.of(x)
     if labels is not None and not set(axes) & set(varied(labels)):
-        trace.set(node.outputs[0], labels, UNKNOWN)
+        trace.set(node.outputs[0], labels, blurred(trace.rest(x)))
 
 
 def _whole_axes(trace: Trace, node: Node, axes: range, why: str) -> None:
@@ -332,6 +388,11 @@ def _whole_axes(trace: Trace, node: Node, axes: range, why: str) -> None:
 
 def lp_normalization(trace: Trace, node: Node) -> None:
     """LpNormalization: a channel that is 0 adds nothing to the norm, and stays 0."""
-    trace.set(node.outputs[0], trace.of(node.inputs[0]), 0.0 if trace.rest(node.inputs[0]) == 0 else UNKNOWN)
-    for line in lines(trace.of(node.inputs[0])):
-        trace.want_zero(node.inputs[0], line.axis, node)
+    x = node.inputs[0]
+    labels = trace.of(x)
+    axis = int(node.attrs.get("axis", -1)) % len(x.shape)
+    if labels is not None and axis in varied(labels):
+        trace.mask(node, 0, axis)
+        trace.set(node.outputs[0], labels, 0.0 if varied(labels) == (axis,) else blurred(trace.rest(x)))
+    else:
+        trace.set(node.outputs[0], labels, 0.0 if trace.rest(x) == 0 else blurred(trace.rest(x)))

@@ -10,8 +10,19 @@ import numpy as np
 
 from onnxcompress.channels.labels import Line, lines, on_axis, padded, reshaped, varied
 from onnxcompress.channels.linear_rules import gather_table
-from onnxcompress.channels.trace import UNKNOWN, Keeping, Trace, constant_input, ints, known, name_of, sizes_of
-from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, optional_input
+from onnxcompress.channels.trace import (
+    UNKNOWN,
+    WILD,
+    Keeping,
+    Trace,
+    blurred,
+    constant_input,
+    ints,
+    known,
+    name_of,
+    sizes_of,
+)
+from onnxcompress.graph import Graph, Node, Tensor, constant_value, is_constant, is_op, numpy_dtype, optional_input
 
 INT_MAX = np.iinfo(np.int64).max
 
@@ -157,6 +168,11 @@ def concat(trace: Trace, node: Node) -> None:
     if all(labels is None for labels in found):
         return
     others = {a for labels in found for a in varied(labels)} - {axis}
+    if len(others) == 1:
+        (other,) = others
+        for slot, tensor in enumerate(node.inputs):
+            if found[slot] is None and is_table(tensor) and tensor.shape[other] != 1:
+                found[slot] = _label_constant(trace, node, slot, other)
     if others and any(set(varied(labels)) - {axis} != others for labels in found):
         for tensor in node.inputs:
             trace.freeze(tensor, node, "some of its parts have channels where others have none")
@@ -166,8 +182,9 @@ def concat(trace: Trace, node: Node) -> None:
         for tensor in node.inputs:
             trace.freeze(tensor, node, "its parts have channels on several axes")
         return
-    rests = {trace.rest(t) for t, labels in zip(node.inputs, found, strict=True) if labels is not None}
-    rest = rests.pop() if len(rests) == 1 else UNKNOWN
+    live = [t for t, labels in zip(node.inputs, found, strict=True) if labels is not None and not is_constant(t)]
+    rests = {trace.rest(t) for t in live}
+    rest = rests.pop() if len(rests) == 1 else WILD if WILD in rests else UNKNOWN
     if not along:
         first = found[0]
         assert first is not None
@@ -190,6 +207,20 @@ def concat(trace: Trace, node: Node) -> None:
         parts.append(labels)
     # A part that stays holds any numbers, but nothing of it is ever removed.
     trace.set(node.outputs[0], np.concatenate(parts, axis), rest)
+
+
+def is_table(tensor: Tensor) -> bool:
+    """Whether a tensor holds constant real numbers, as a class token does."""
+    dtype = numpy_dtype(tensor)
+    return is_constant(tensor) and dtype is not None and dtype.kind == "f"
+
+
+def _label_constant(trace: Trace, node: Node, slot: int, axis: int) -> np.ndarray:
+    """New labels along one axis of a constant, whose numbers make the channels: zero where they are removed."""
+    shape = node.inputs[slot].shape
+    labels = trace.new(int(shape[axis]), axis, len(shape))
+    trace.bind(node, slot, axis, Line(labels, axis), "weight")
+    return labels
 
 
 def split(trace: Trace, node: Node) -> None:
@@ -340,11 +371,15 @@ def gather(trace: Trace, node: Node) -> None:
 
 def expand(trace: Trace, node: Node) -> None:
     """Expand."""
-    labels, y = trace.of(node.inputs[0]), node.outputs[0]
+    x, y = node.inputs[0], node.outputs[0]
+    labels, rest = trace.of(x), trace.rest(x)
     if labels is None:
-        return
+        wide = [axis for axis, size in enumerate(x.shape) if size != 1]
+        if len(wide) != 1 or not is_table(x) or sum(size != 1 for size in y.shape) < 2:
+            return
+        labels, rest = _label_constant(trace, node, 0, wide[0]), 0.0
     found = padded(labels, len(y.shape))
-    trace.set(y, found, trace.rest(node.inputs[0]))
+    trace.set(y, found, rest)
     shape = node.inputs[1].shape
     given = None if shape is None or not isinstance(shape[0], (int, np.integer)) else int(shape[0])
     if given is None:
@@ -378,7 +413,7 @@ def pool(trace: Trace, node: Node) -> None:
         trace.freeze(x, node, "pools along an axis that has channels")
         return
     averages_border = node.op in ("AveragePool", "LpPool", "GlobalLpPool") and rest != 0
-    trace.set(node.outputs[0], labels, UNKNOWN if averages_border else rest)
+    trace.set(node.outputs[0], labels, blurred(rest) if averages_border else rest)
 
 
 def pad(trace: Trace, node: Node) -> None:
@@ -407,7 +442,7 @@ def pad(trace: Trace, node: Node) -> None:
     if (node.attrs.get("mode") or "constant") == "constant":
         filled = optional_input(node, 2)
         number = float(node.attrs.get("value", 0.0)) if filled is None else trace.rest(filled)
-        rest = rest if number == rest else UNKNOWN
+        rest = rest if number == rest else blurred(rest)
     trace.set(node.outputs[0], labels, rest)
 
 
@@ -423,7 +458,7 @@ def resize(trace: Trace, node: Node) -> None:
             trace.freeze(x, node, "changes an axis that has channels")
             return
     outside = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-    trace.set(y, labels, UNKNOWN if outside else trace.rest(x))
+    trace.set(y, labels, blurred(trace.rest(x)) if outside else trace.rest(x))
     trace.work(node, labels)
     if is_op(node, "Resize") and optional_input(node, 3) is not None and "axes" not in node.attrs:
         _mend_sizes(trace, node, 3, sizes_of(y), {line.axis: line for line in lines(labels)})
@@ -459,7 +494,7 @@ SUMS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 
 
 def reduce(trace: Trace, node: Node) -> None:
-    """Reductions: sums over channels lose nothing by those that are 0, means and extremes do."""
+    """Reductions: sums over channels lose nothing by those that are 0; means and extremes are of those that stay."""
     x, y = node.inputs[0], node.outputs[0]
     labels = trace.of(x)
     if labels is None:
@@ -475,15 +510,29 @@ def reduce(trace: Trace, node: Node) -> None:
     gone = [axis for axis in axes if axis in varied(labels)]
     rest = trace.rest(x)
     if gone:
-        if node.op not in SUMS or len(varied(labels)) > 1:
-            trace.freeze(x, node, "takes all channels together, and one that is 0 counts")
-        elif rest != 0:
-            trace.want_zero(x, gone[0], node)
+        if len(varied(labels)) > 1:
+            trace.freeze(x, node, "takes channels of several axes together")
+        elif node.op in SUMS:
+            trace.mask(node, 0, gone[0])
+        else:
+            _reduce_the_rest(trace, node, Line(labels, gone[0]))
         return
     if node.op in SUMS or node.op not in ("ReduceMean", "ReduceMax", "ReduceMin"):
-        rest = 0.0 if rest == 0 and node.op in SUMS else UNKNOWN
+        rest = 0.0 if rest == 0 and node.op in SUMS else blurred(rest)
     kept = labels if node.attrs.get("keepdims", 1) else labels.squeeze(tuple(axes))
     trace.set(y, kept, rest)
+
+
+def _reduce_the_rest(trace: Trace, node: Node, line: Line) -> None:
+    trace.approximate(line, node, "is taken over the channels that stay")
+
+    def refer(graph: Graph, keeping: Keeping) -> None:
+        source = node.inputs[0]
+        kept = graph.new_constant(f"{source.name}_kept", np.flatnonzero(keeping.mask(line)))
+        taken = graph.insert("Gather", [source, kept], attrs={"axis": line.axis}, before=node).outputs[0]
+        node.inputs = [taken, *node.inputs[1:]]
+
+    trace.refer(node, line.labels, refer)
 
 
 def arg_reduce(trace: Trace, node: Node) -> None:

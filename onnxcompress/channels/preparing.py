@@ -15,6 +15,8 @@ from onnxcompress.rewrite import Settings
 from onnxcompress.runtime import Runtime
 from onnxcompress.shapes import infer_shapes
 
+# What stands for one operator becomes it: the channels of its mean are then known to be those of its input.
+FUSED = frozenset({"fuse-layer-normalization", "fuse-rms-normalization"})
 SHARING = frozenset({"deduplicate-initializers", "deduplicate-nodes"})
 MAX_ELEMENTS = 1 << 14  # of a vector that is copied
 
@@ -28,6 +30,7 @@ def prepare(graph: Graph, runtime: Runtime) -> Graph:
     """
     copied = load(to_proto(graph), folder=graph.folder)
     selected = {cls.name for stage in pipeline.ORDER if stage.name == "cleanup" for cls in stage.passes} - SHARING
+    selected |= FUSED
     settings = Settings(evaluate=lambda model, feeds: runtime.run(model.SerializeToString(), [feeds])[0])
     pipeline.run(copied, selected, settings)
     _part(copied)

@@ -5,7 +5,8 @@ groups       which channels go together, and which stay and why
 rank         by weights, or by what the layers read on calibration samples
 allocate     what goes from which group, within the budget
 compensate   with samples: weights that stay make up for what goes
-check        the smaller graph against the large one with the channels made zero, on onnxruntime
+check        the smaller graph against the large one with the channels made zero, on onnxruntime; where a mean or a
+             LayerNormalization is taken over channels, over those that stay
 optimize     the ordinary passes; written, compared, renamed into place
 """
 
@@ -68,6 +69,7 @@ class GroupRow:
         kept: After.
         width: Elements of the tensor's axis for each.
         frozen: Why it had to stay; "" where it did not.
+        approximate: Why the graph without its channels is not the graph with zeros in what makes them.
     """
 
     name: str
@@ -75,6 +77,7 @@ class GroupRow:
     kept: int
     width: int
     frozen: str = ""
+    approximate: str = ""
 
 
 @dataclass
@@ -419,8 +422,13 @@ class _Job:
         ranking: str,
     ) -> WidthResult:
         rows = [
-            GroupRow(g.name, g.size, g.size - len(removed.get(g.name, ())), g.width, g.frozen) for g in channels.groups
+            GroupRow(g.name, g.size, g.size - len(removed.get(g.name, ())), g.width, g.frozen, g.approximate)
+            for g in channels.groups
         ]
+        near = [row for row in rows if row.approximate and row.kept < row.channels]
+        if near:
+            more = f", and so do {len(near) - 1} other groups" if len(near) > 1 else ""
+            self.notes.append(f"{near[0].name} counts otherwise than with zeros, {near[0].approximate}{more}")
         return WidthResult(
             source=str(self.path),
             output=None,

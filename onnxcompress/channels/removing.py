@@ -8,11 +8,13 @@ models compute the same, apart from the order in which onnxruntime sums.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from onnx import ModelProto
 
 from onnxcompress.channels.groups import Channels, Removed, find_channels
-from onnxcompress.channels.trace import ZEROED, Binding
+from onnxcompress.channels.trace import MAKERS, ZEROED, Binding
 from onnxcompress.graph import Constant, Graph, Tensor
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
@@ -35,15 +37,15 @@ def remove_channels(channels: Channels, removed: Removed) -> None:
         mask = keeping.mask(binding.line)
         if not mask.all():
             cuts.setdefault(binding.tensor, {})[binding.axis] = mask
-    for repair in channels.repairs:
-        if keeping.changes(repair.labels):
-            repair.act(graph, keeping)
     for tensor, axes in cuts.items():
         assert isinstance(tensor, Constant)
         values = tensor.values
         for axis, mask in axes.items():
             values = values.compress(mask, axis)
         _replace(channels, tensor, np.ascontiguousarray(values))
+    for repair in channels.repairs:
+        if keeping.changes(repair.labels):
+            repair.act(graph, keeping)
     _forget_sizes(graph, {t.name for t, labels in channels.labels.items() if keeping.changes(labels)})
     graph.sort()
     for node in graph.nodes:
@@ -52,13 +54,20 @@ def remove_channels(channels: Channels, removed: Removed) -> None:
     infer_shapes(graph)
 
 
-def zero_channels(channels: Channels, removed: Removed) -> None:
-    """Set to zero what makes the channels; no shape changes."""
+def zero_channels(channels: Channels, removed: Removed, *, makers_alone: bool = False) -> None:
+    """Set to zero what makes the channels and what reads them; no shape changes.
+
+    Args:
+        channels: Of a graph that was not changed since.
+        removed: Indices of channels by group name.
+        makers_alone: Leave what reads them: the graph without the channels of a group that is not approximate
+            computes the same.
+    """
     keeping = channels.keeping(removed)
     zeros: dict[Tensor, list[tuple[Binding, np.ndarray]]] = {}
     for binding in channels.bindings:
         mask = keeping.mask(binding.line)
-        if binding.role in ZEROED and not mask.all():
+        if binding.role in (MAKERS if makers_alone else ZEROED) and not mask.all():
             zeros.setdefault(binding.tensor, []).append((binding, mask))
     for tensor, found in zeros.items():
         assert isinstance(tensor, Constant)
@@ -73,12 +82,17 @@ def zero_channels(channels: Channels, removed: Removed) -> None:
             fresh = channels.graph.new_constant(offset.node.inputs[offset.slot].name, zeroed)
             offset.node.inputs = [fresh if i == offset.slot else t for i, t in enumerate(offset.node.inputs)]
             channels.graph.touch(offset.node)
+    for reference in () if makers_alone else channels.references:
+        if keeping.changes(reference.labels):
+            reference.act(channels.graph, keeping)
 
 
-def remove_and_zero(model: ModelProto, removed: Removed) -> tuple[ModelProto, ModelProto]:
+def remove_and_zero(
+    model: ModelProto, removed: Removed, *, makers_alone: bool = False
+) -> tuple[ModelProto, ModelProto]:
     """Both ways on copies of a model: channels taken out, and channels made zero."""
     made = []
-    for act in (remove_channels, zero_channels):
+    for act in (remove_channels, functools.partial(zero_channels, makers_alone=makers_alone)):
         copy = ModelProto()
         copy.CopyFrom(model)
         graph = load(copy)

@@ -16,6 +16,7 @@ RULES: dict[str, Rule] = {
     "GroupNormalization": linear_rules.group_normalization,
     "InstanceNormalization": linear_rules.normalization,
     "LayerNormalization": linear_rules.layer_normalization,
+    "RMSNormalization": linear_rules.layer_normalization,
     "LpNormalization": linear_rules.lp_normalization,
     "MatMul": linear_rules.matmul,
     "Hardmax": linear_rules.softmax,

@@ -2,7 +2,9 @@
 
 A rule reads the labels of a node's inputs and sets those of its outputs. An operator without a rule freezes what it
 reads. Beside its labels a tensor has a *rest*: the number at removed channels once their parameters are zero, NaN where
-it is not one known number. What mixes channels wants 0 there, and freezes them otherwise.
+it is not one known number, and infinity where it may be none at all. What mixes channels has no weights for those that
+are removed, so their rest is lost there. Where it is not 0, and where statistics are taken over channels, the pruned
+graph is said to be *approximate*, for it is not the graph with zeros.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from onnxcompress.graph import (
     bodies,
     constant_value,
     is_constant,
+    numpy_dtype,
     optional_input,
     rank,
     static_shape,
 )
 
-# weight, bias, scale: zero in a removed channel. input: read by what mixes channels. other: goes along.
+# weight, bias, scale: make the channel. input: read it where channels are mixed. other: goes along.
 Role = Literal["weight", "bias", "scale", "input", "other"]
-ZEROED = frozenset({"weight", "bias", "scale"})
+MAKERS = frozenset({"weight", "bias", "scale"})
+ZEROED = MAKERS | {"input"}
 UNKNOWN = math.nan
+WILD = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,19 @@ class Repair:
 
 
 @dataclass(frozen=True, eq=False)
+class Approximation:
+    """A place where removed channels count otherwise than zeros would.
+
+    Attributes:
+        line: The channels.
+        why: The node, and what it does without them.
+    """
+
+    line: Line
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """A node's multiply-accumulates: in proportion to what is left of each of these labellings."""
 
@@ -122,6 +140,8 @@ class Trace:
     rests: dict[Tensor, float] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
     repairs: list[Repair] = field(default_factory=list)
+    references: list[Repair] = field(default_factory=list)
+    approximations: list[Approximation] = field(default_factory=list)
     offsets: list[Offset] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
     contracted: list[Line] = field(default_factory=list)
@@ -188,12 +208,30 @@ class Trace:
     def work(self, node: Node, *factors: np.ndarray | None) -> None:
         self.works.append(Work(node, tuple(labels for labels in factors if labels is not None)))
 
-    def want_zero(self, tensor: Tensor, axis: int, node: Node) -> None:
-        """``node`` mixes the channels along ``axis``: without loss only if the removed ones are 0."""
-        rest = self.rest(tensor)
-        if rest != 0:
-            what = "a number of its own" if math.isnan(rest) else f"{rest:g}"
-            self.freeze_axis(tensor, axis, node, f"a removed channel would be {what} there, not 0")
+    def refer(self, node: Node, labels: np.ndarray, act: Callable[[Graph, Keeping], None]) -> None:
+        """What is done where channels are zeroed, not removed, so that ``node`` sees what it sees without them."""
+        self.references.append(Repair(node, labels, act))
+
+    def approximate(self, line: Line, node: Node, why: str) -> None:
+        self.approximations.append(Approximation(line, reason_text(node, why)))
+
+    def ignore(self, tensor: Tensor, axis: int, node: Node) -> None:
+        """``node`` mixes the channels along ``axis``, and what is removed has no weights there."""
+        rest, labels = self.rest(tensor), self.of(tensor)
+        if labels is None or rest == 0:
+            return
+        if rest == WILD:
+            self.freeze_axis(tensor, axis, node, "a removed channel might be no finite number there")
+            return
+        what = "a number of its own" if math.isnan(rest) else f"{rest:g}"
+        self.approximate(Line(labels, axis), node, f"a channel with zeros would be {what} there, not 0")
+
+    def mask(self, node: Node, slot: int, axis: int) -> None:
+        """``node`` mixes the channels along ``axis`` of an input without weights: removed ones are 0 to it."""
+        labels = self.of(node.inputs[slot])
+        self.ignore(node.inputs[slot], axis, node)
+        if labels is not None and self.rest(node.inputs[slot]) != 0:
+            self.refer(node, labels, lambda graph, keeping: multiply_by_mask(graph, keeping, node, slot, labels))
 
     def joint(self, sources: Sequence[Line], axes: Sequence[int], rank_: int) -> np.ndarray | None:
         """New labels over several axes, each linked with a line."""
@@ -263,6 +301,21 @@ def _check_constants(trace: Trace) -> None:
             else:
                 trace.space.freeze_line(first.line, reason_text(other.node, f"shares {tensor.name!r} in another way"))
                 trace.space.freeze_line(other.line, reason_text(other.node, f"shares {tensor.name!r} in another way"))
+
+
+def multiply_by_mask(graph: Graph, keeping: Keeping, node: Node, slot: int, labels: np.ndarray) -> Tensor:
+    """Let an input of ``node`` be 0 in removed channels."""
+    source = node.inputs[slot]
+    values = (~keeping.removed[labels]).astype(numpy_dtype(source) or np.float32)
+    made = graph.insert("Mul", [source, graph.new_constant(f"{source.name}_mask", values)], before=node).outputs[0]
+    made.dtype, made.shape = source.dtype, source.shape
+    node.inputs = [made if i == slot else tensor for i, tensor in enumerate(node.inputs)]
+    return made
+
+
+def blurred(rest: float) -> float:
+    """The rest after an operator that makes an unknown finite number of any finite one."""
+    return rest if rest == WILD else UNKNOWN
 
 
 def name_of(node: Node) -> str:

@@ -31,7 +31,7 @@ def test_pruned_equals_zeroed(path, runtime):
     copy = onnx.ModelProto()
     copy.CopyFrom(base)
     channels = find_channels(graph_of(copy))
-    assert share(channels) > 0.8
+    assert share(channels) > 0.93  # all but what the head gives
     rng = np.random.default_rng(1)
     removed = {
         group.name: sorted(rng.choice(group.size, max(1, group.size // 3), replace=False).tolist())
@@ -41,7 +41,9 @@ def test_pruned_equals_zeroed(path, runtime):
     pruned, zeroed = remove_and_zero(base, removed)
     onnx.checker.check_model(pruned)
     feeds = [inputs_for(base, sizes={"batch": 2})]
-    assert_equivalent(zeroed, pruned, rel=2e-6, feeds=feeds)  # measured 2.9e-7: sums in another order
+    assert_equivalent(zeroed, pruned, rel=5e-6, feeds=feeds)  # measured 5.6e-7: sums in another order
+    exact = {name: chosen for name, chosen in removed.items() if not channels.by_name[name].approximate}
+    assert_equivalent(*remove_and_zero(base, exact, makers_alone=True)[::-1], rel=5e-6, feeds=feeds)
     assert count(graph_of(pruned)).macs == pytest.approx(MacsModel(channels).macs(removed), rel=1e-9)
     assert relative_error(run(base, feeds[0])[0], run(pruned, feeds[0])[0]) > 1e-3
 
@@ -49,5 +51,6 @@ def test_pruned_equals_zeroed(path, runtime):
 def test_attention_heads_and_their_places_are_groups_of_their_own(runtime):
     path = next(path for path in MODELS if path.stem == "deit_mini_digits")
     channels = find_channels(prepare(load(path), runtime))
-    found = [(group.size, group.width) for group in channels.groups if not group.frozen][:3]
-    assert found == [(2, 36), (12, 6), (48, 1)]  # heads; places in q, k and v of all heads; the perceptron between
+    found = [(group.size, group.width) for group in channels.groups if not group.frozen][:4]
+    # The stream; heads; places in q, k and v of all heads; the perceptron between.
+    assert found == [(24, 1), (2, 36), (12, 6), (48, 1)]
