@@ -39,7 +39,8 @@ SAMPLE = 12_288
 ITERATIONS = 8
 DAMPING = 0.1
 RANDOM_START = 4  # block length from which on k-means++ gains little
-MIDDLE_BITS = 1.4  # a weight: where damage is measured
+MIDDLE_BITS = 1.4  # a weight: where damage is measured, and
+COARSE_BITS = 0.4  # where it is measured again: it may grow much faster than the squared error of a layer's output
 MOST_ORDER_BITS = 0.06  # a weight, for an order of the channels: what it gains is worth as many
 SHARED_CODEWORDS = (16, 64, 128, 256)
 # Squared error with a codebook for many layers over that with one of its own of as many codewords: a guess, where
@@ -66,18 +67,33 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False)
+class Tried:
+    """A form of a layer carried out by a quick fit.
+
+    Attributes:
+        form: See the module's text.
+        error: Relative squared error of the layer's output.
+        decoded: (outputs, D) float32.
+    """
+
+    form: Form
+    error: float
+    decoded: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Curve:
-    """The forms of one layer, and one of them carried out.
+    """The forms of one layer, and some of them carried out.
 
     Attributes:
         estimates: "keep" first.
-        middle: The form that ``decoded`` has.
-        decoded: (outputs, D) float32, the weight after a quick fit of ``middle``.
+        middle: A form of about ``MIDDLE_BITS`` a weight.
+        coarse: One of about ``COARSE_BITS``, where there is one that is well below.
     """
 
     estimates: list[Estimate]
-    middle: Estimate
-    decoded: np.ndarray
+    middle: Tried
+    coarse: Tried | None = None
 
 
 def form_text(form: Form) -> str:
@@ -158,8 +174,8 @@ def estimate_forms(
         if size_bytes(weight.shape, Choice(block, size), has_bias=has_bias) < estimates[-1].size_bytes
     ]
     if not choices:
-        middle = estimates[-1]
-        return Curve(estimates, middle, _plain_decoded(weight, middle.form))
+        last = estimates[-1]
+        return Curve(estimates, Tried(last.form, last.error, _plain_decoded(weight, last.form)))
     middle_choice = min(choices, key=lambda one: (abs(_bits(weight, one) - MIDDLE_BITS), one.block))
     kinds = (False, True) if scalable else (False,)
     tried = {kind: fits.whole(middle_choice, scaled=kind) for kind in kinds}
@@ -176,22 +192,25 @@ def estimate_forms(
     own = [one for one in estimates if isinstance(one.form, Choice) and not one.form.shared]
     finest = min(own, key=lambda one: one.error).form
     assert isinstance(finest, Choice), "filtered so"
-    points, best_decoded = [], lost[scaled][1]
-    for wanted in dict.fromkeys((replace(finest, codebook_type="float16", scaled=scaled), form)):
+    forms = [replace(finest, codebook_type="float16", scaled=scaled), form]
+    coarse = min(choices, key=lambda one: (abs(_bits(weight, one) - COARSE_BITS), one.block))
+    if _bits(weight, coarse) < _bits(weight, middle_choice) / 2:
+        forms.append(replace(coarse, scaled=scaled))
+    points, carried_out = [], {}
+    for wanted in dict.fromkeys(forms):
         made = tried[scaled] if wanted == form else fits.whole(wanted, scaled=scaled)
         reached, decoded = fits.lost(made)
         if swept:
             reached, decoded = min((fits.lost(fits.swept(made)), (reached, decoded)), key=lambda one: one[0])
         on_line = next(one.error for one in estimates if one.form == wanted)
         points.append((on_line, reached / _spread(weight, moments)))
-        best_decoded = decoded
+        carried_out[wanted] = Tried(wanted, points[-1][1], decoded)
     estimates = [
         replace(one, error=_corrected(one.error, points)) if isinstance(one.form, Choice) else one for one in estimates
     ]
-    middle = Estimate(form, size_bytes(weight.shape, form, has_bias=has_bias), points[-1][1])
     if permutable:
         estimates += _permuted_forms(fits, estimates, kernel, has_bias=has_bias, swept=swept)
-    return Curve(estimates, middle, best_decoded)
+    return Curve(estimates, carried_out[form], carried_out[forms[2]] if len(forms) > 2 else None)
 
 
 def _permuted_forms(
@@ -232,15 +251,19 @@ def _corrected(error: float, points: Sequence[tuple[float, float]]) -> float:
 
     Args:
         error: Under block metrics.
-        points: (under block metrics, reached), of the finest form and of the middle one.
+        points: (under block metrics, reached), of the forms that were carried out.
     """
-    known = [(math.log(line), math.log(reached / line)) for line, reached in points if line > 0 and reached > 0]
+    known = sorted(
+        {math.log(line): math.log(reached / line) for line, reached in points if line > 0 and reached > 0}.items()
+    )
     if error <= 0 or not known:
         return error
-    (x, y), *rest = sorted(known)
-    slope = (rest[0][1] - y) / (rest[0][0] - x) if rest and rest[0][0] > x else 0.0
-    corrected = error * math.exp(y + slope * (math.log(error) - x))
-    return corrected if not rest else max(corrected, 1e-3 * error)
+    x = math.log(error)
+    if len(known) == 1:
+        return error * math.exp(known[0][1])
+    upper = next((i for i in range(1, len(known) - 1) if x < known[i][0]), len(known) - 1)
+    (x0, y0), (x1, y1) = known[upper - 1], known[upper]
+    return max(error * math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0)), 1e-3 * error)
 
 
 @dataclass(frozen=True)

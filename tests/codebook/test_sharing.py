@@ -5,9 +5,10 @@ import pytest
 
 from onnxcompress.codebook.allocation import Offer, allocate, smallest_size, totals
 from onnxcompress.codebook.codebook import Choice, Statistics
+from onnxcompress.codebook.damage import MAX_DAMAGE
 from onnxcompress.codebook.layer import quantize_layer
 from onnxcompress.codebook.layers import find_layers
-from onnxcompress.codebook.planning import Item, Menu, hollow
+from onnxcompress.codebook.planning import Item, Menu, find_bend, hollow
 from onnxcompress.codebook.pooling import NOT_ON_OFFER, Pool, choose_pools, measure_pools, with_pools
 from onnxcompress.codebook.sharing import Member, fit_shared, shared_error, shared_scales
 from onnxcompress.model_io import load
@@ -144,6 +145,31 @@ def test_a_menu_takes_what_was_measured():
     ]
     assert [item.offer.damage for item in menu.items] == pytest.approx([0.18 / 0.64, 0.02 / 0.96])
     assert [item.importance for item in menu.items] == pytest.approx([0.5 / 0.64, 0.5 / 0.96])
+
+
+def test_damage_beyond_a_bend_grows_as_it_was_measured():
+    menu = Menu("A", [], sensitivity=0.5, bend=(0.04, 2.0))
+    assert [menu.damage(squared) for squared in (0.01, 0.04, 0.08, 0.4)] == pytest.approx([0.005, 0.02, 0.08, 2.0])
+    assert menu.damage(0.9) == MAX_DAMAGE
+    assert menu.item(Choice(9, 16), 400, 0.08).damage == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(
+    ("tried", "bend"),
+    [
+        ([[0.04, 0.02], [0.16, 0.32]], (0.04, 2.0)),
+        ([[0.04, 0.02], [0.16, 0.04]], (0.04, 0.5)),
+        ([[0.04, 0.02], [0.16, 0.021]], (0.04, 0.5)),  # never flatter
+        ([[0.04, 0.001], [0.16, 3.9]], (0.04, 4.0)),  # never steeper
+        ([[0.04, 0.02], [0.16, MAX_DAMAGE]], None),  # more than can be told
+        ([[0.04, 0.02], [0.05, 0.04]], None),  # too near to each other
+        ([[0.04, 0.02], [0.16, None]], None),
+        ([[0.04, 0.0], [0.16, 0.1]], None),
+        ([[0.04, 0.02]], None),
+    ],
+)
+def test_the_bend_is_where_two_forms_say_it_is(tried, bend):
+    assert find_bend(tried) == (bend if bend is None else pytest.approx(bend))
 
 
 def test_a_choice_and_its_codebook_come_together():
