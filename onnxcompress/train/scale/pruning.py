@@ -176,7 +176,8 @@ class Job:
         if "depth" in options.axes:
             blocks, whole = residual_blocks(graph, only=options.only, skip=options.skip)
             if blocks:
-                ladders = replace(ladders, blocks=tuple(rank_blocks(self.given, blocks, self.say)), block_count=whole)
+                order = rank_blocks(self.given, blocks, least, self.say)
+                ladders = replace(ladders, blocks=tuple(order), block_count=whole)
             else:
                 refusals["depth"] = f"none of {whole} residual blocks can be deleted"
         if "width" in options.axes:

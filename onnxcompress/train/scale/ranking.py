@@ -1,28 +1,30 @@
 """The order in which residual blocks go.
 
-fits     block by block, each time the one without which the outputs change least, once the blocks that stay were
-         fitted alone to what they gave; no labels are needed
+fits     block by block, each time the one without which the outputs change least for the MACs that it saves, once
+         the last linear operators in front of them are fitted to make up for it; no labels are needed
 probes   by what a linear probe on the features gains by a block, see ``probes``
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 
+from onnxcompress.cost import count
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.graph import Graph
 from onnxcompress.train.batches import Batch
 from onnxcompress.train.depth.blocks import Block, find_blocks, without_overlaps
-from onnxcompress.train.depth.fitting import fit_supernet
+from onnxcompress.train.depth.fitting import fit_outputs
 from onnxcompress.train.depth.supernet import build_supernet
 from onnxcompress.train.depth.training import Lambdas
 from onnxcompress.train.scale.given import Given
-from onnxcompress.train.supervision import logits_of, predict
+from onnxcompress.train.supervision import predict
 from onnxcompress.train.torch_graph import TorchGraph
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,27 @@ def residual_blocks(graph: Graph, *, only: Sequence[str] = (), skip: Sequence[st
     return [replace(block, kind="residual") for block in wanted if block.deletable], len(found)
 
 
-def rank_blocks(given: Given, blocks: Sequence[Block], say: Callable[[str], None]) -> list[Block]:
-    """The blocks, the first to go first."""
-    if len(blocks) < 2:
-        return list(blocks)
-    if given.options.depth_ranking == "probes":
-        return _by_probes(given, blocks)
-    return _by_fits(given, blocks, say)
+def rank_blocks(given: Given, blocks: Sequence[Block], least_macs: float, say: Callable[[str], None]) -> list[Block]:
+    """The blocks that go, the first to go first, until no more than ``least_macs`` are left."""
+    left = float(count(given.graph).macs)
+    needed = 0  # without more than so many of the smallest blocks it is not reached
+    for block in sorted(blocks, key=lambda block: block.macs):
+        if left <= least_macs:
+            break
+        left -= block.macs
+        needed += 1
+    if len(blocks) > 1 and given.options.depth_ranking == "probes":
+        blocks = _by_probes(given, blocks)
+    elif len(blocks) > 1:
+        blocks = _by_fits(given, blocks, needed, say)
+    left = float(count(given.graph).macs)
+    order: list[Block] = []
+    for block in blocks:
+        if left <= least_macs:
+            break
+        left -= block.macs
+        order.append(block)
+    return order
 
 
 def _by_probes(given: Given, blocks: Sequence[Block]) -> list[Block]:
@@ -69,28 +85,39 @@ def _by_probes(given: Given, blocks: Sequence[Block]) -> list[Block]:
     return sorted(blocks, key=lambda block: importance[block.name])
 
 
-def _by_fits(given: Given, blocks: Sequence[Block], say: Callable[[str], None]) -> list[Block]:
-    say(f"fitting {len(blocks)} blocks")
+def _by_fits(given: Given, blocks: Sequence[Block], needed: int, say: Callable[[str], None]) -> list[Block]:
+    """At least ``needed`` of the blocks."""
     supernet = build_supernet(given.graph, blocks)
-    supernet, _ = fit_supernet(supernet, given.original, given.calibration, settle=given.settle, device=given.device)
     twin = TorchGraph(supernet.graph).to(given.device).eval()
     lambdas = Lambdas(twin, supernet.lambdas)
-    output = logits_of(given.graph, given.options.wishes.output or twin.output_names[0])
-    wanted = predict(given.original, map(Batch, given.calibration), output)
+    start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
     order: list[Block] = []
-    left = list(blocks)
-    while left:
+    left, error = list(blocks), 0.0
+    while left and len(order) < needed:
         errors = {}
         for number, block in enumerate(left, 1):
-            say(f"block {len(order) + 1} of {len(blocks)} to go: {number} of {len(left)} tried")
+            say(f"block {len(order) + 1} of {needed} to go: {number} of {len(left)} tried")
             lambdas.prune([other.name for other in (*order, block)])
-            given.settle(twin)
-            found = predict(twin, map(Batch, given.calibration), output)
-            errors[block.name] = float(np.mean((found - wanted) ** 2))
+            errors[block.name] = _error(given, twin)
+            twin.load_state_dict(start)
+        left.sort(key=lambda block: (errors[block.name] - error) / max(block.macs, 1))
         if len(blocks) > GREEDY_BLOCKS:
-            return [*order, *sorted(left, key=lambda block: errors[block.name])]
-        best = min(left, key=lambda block: errors[block.name])
-        logger.info("block %s goes as number %d, squared error %.3g", best.name, len(order) + 1, errors[best.name])
+            return [*order, *left]
+        best = left.pop(0)
+        error = errors[best.name]
+        logger.info("block %s goes as number %d, relative error %.3g", best.name, len(order) + 1, error)
         order.append(best)
-        left.remove(best)
     return order
+
+
+def _error(given: Given, twin: TorchGraph) -> float:
+    """Relative squared error of the outputs once statistics and the last linear operators have made up for it."""
+    given.settle(twin)
+    errors = []
+    for fit in fit_outputs(twin, given.original, given.calibration):
+        if math.isfinite(fit.after):
+            errors.append(fit.after**2)
+            continue
+        found, wanted = (predict(net, map(Batch, given.calibration), fit.name) for net in (twin, given.original))
+        errors.append(float(np.mean((found - wanted) ** 2) / max(np.var(wanted), 1e-30)))
+    return float(np.mean(errors))
