@@ -30,6 +30,7 @@ LAYERS = (
     ("channels",),
     ("resolution",),
     ("train",),
+    ("compression",),
     ("deployment",),
     ("cli",),
 )

@@ -23,6 +23,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # In the order of --help.
 VERBS = (
+    "compress",
     "optimize",
     "quantize",
     "validate",

@@ -1,0 +1,364 @@
+"""In which order steps are tried, and which are kept.
+
+Speed first, for a pruned network is quantized as well as any, and a quantized one can no longer be pruned. What is
+cheap is tried before what is dear: exact rewrites, fits, tuning and training. Of ways to the same goal the one that
+loses less is kept; where all lose too much, the goal is approached by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcompress.compression.attempts import Attempt, Attempts
+from onnxcompress.compression.goal import Goal, Limit
+from onnxcompress.compression.point import Point, allowed_share, reached
+from onnxcompress.compression.recipe import Step
+from onnxcompress.compression.settings import GOALS
+from onnxcompress.compression.wording import drop_text, goal_figure
+from onnxcompress.errors import RecipeError
+
+FITS_ALONE = "supernet,search"
+TRAINED = "supernet,search,train"
+LEAST_TO_TRAIN = 512  # samples
+TRAINING_STEPS, TRAINING_BATCH, TRAINING_EPOCHS = 400, 64, 4  # at least so many of steps and epochs
+WIDTHS = (0.7, 0.5, 0.35)  # of the MACs, where quantizing alone cannot reach a size
+BISECTIONS = 3  # of speed
+SIZE_BISECTIONS = 4
+LATENCY_TRIALS = 4  # of a width, until latency is as wished
+CLOSE = 0.93  # of the latency that is allowed: near enough
+AIM = 0.98
+NOISE = 0.98  # a latency above this share of the one before brings nothing
+
+
+@dataclass(frozen=True)
+class Means:
+    """What there is to work with.
+
+    Attributes:
+        data: There are samples.
+        torch: It is installed.
+        train: Training is allowed.
+        fitted: Samples to fit with.
+        labelled: They have labels.
+    """
+
+    data: bool
+    torch: bool
+    train: bool
+    fitted: int
+    labelled: bool
+
+    @property
+    def can_train(self) -> bool:
+        return self.torch and self.train and self.fitted >= LEAST_TO_TRAIN
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of a training that is planned."""
+        epochs = max(TRAINING_EPOCHS, math.ceil(TRAINING_STEPS * TRAINING_BATCH / max(self.fitted, 1)))
+        learning: dict[str, Any] = {"labels": True, "distill": True} if self.labelled else {"distill": True}
+        return {"stages": TRAINED, "epochs": epochs, "lr": 1e-3, **learning}
+
+
+class Strategy:
+    """Looks for the way to a goal.
+
+    Args:
+        attempts: Does and measures steps.
+        goal: To be reached.
+        means: What there is to work with.
+        told: Settings of planned steps, by verb.
+    """
+
+    def __init__(
+        self, attempts: Attempts, goal: Goal, means: Means, told: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self.attempts, self.goal, self.means, self.told = attempts, goal, means, told or {}
+        self.original = attempts.original
+        self.exact: Attempt | None = None
+
+    def run(self) -> Attempt:
+        """The attempt that reaches the goal, or the nearest to it."""
+        current = self.original
+        if self.reached(current):
+            return current
+        exact = self._try("optimize", {}, current, "exact rewrites lose nothing")
+        if exact.point is not None and self._within(exact):
+            if brings(current.found, exact.found, self.goal):
+                self.exact = current = exact
+            else:
+                exact.verdict = "it brings nothing of what is wished"
+        for limit in (self.goal.macs, self.goal.latency):
+            if limit is not None and not self._meets(current, limit):
+                current = self._faster(limit, current)
+                if not self._meets(current, limit):
+                    return current
+        if self.goal.size is not None and not self._meets(current, self.goal.size):
+            current = self._smaller(self.goal.size, current)
+        return current
+
+    def reached(self, attempt: Attempt) -> bool:
+        """Whether an attempt is what was wished."""
+        return attempt.point is not None and reached(self.goal, attempt.point, self.original.found)
+
+    # -- speed -------------------------------------------------------------------------------------------------------
+
+    def _faster(self, limit: Limit, current: Attempt) -> Attempt:
+        """Fewer MACs or less time."""
+        base = self._before_passes(current)
+        share = self._share(limit, base)
+        ways = self._ways(limit)
+        best = self._best([way(limit, share, base, "fits alone") for way in ways], limit)
+        if best is None and len(ways) > 1:
+            # Half of the way by each.
+            half = self._depth(limit, math.sqrt(share), base, "half of the way by blocks, the rest by channels")
+            if half.point is not None and self._within(half):
+                rest = self._share(limit, half)
+                best = self._best([half if rest >= 1 else self._width(limit, rest, half, "the other half")], limit)
+        if best is None and self.means.can_train and self._allowed("prune-depth"):
+            best = self._best([self._trained(limit, share, base)], limit)
+        if best is not None:
+            return best
+        return self._approach(limit, share, base, current, ways)
+
+    def _approach(self, limit: Limit, share: float, base: Attempt, current: Attempt, ways: Sequence[Any]) -> Attempt:
+        """The nearest to a speed that loses no more than allowed."""
+        low, high, nearest = share, min(1.0, self._figure(limit, current) / self._figure(limit, base)), current
+        for _ in range(BISECTIONS if ways else 0):
+            middle = math.sqrt(low * high)
+            found = [
+                way(limit, middle, base, f"back to {middle:.3f}x, as {share:.3f}x is out of reach") for way in ways
+            ]
+            best = self._best(found)
+            if best is None:
+                low = middle
+            else:
+                nearest, high = best, min(middle, self._figure(limit, best) / self._figure(limit, base))
+        return nearest
+
+    def _ways(self, limit: Limit) -> list[Callable[[Limit, float, Attempt, str], Attempt]]:
+        if not self.means.data:
+            return []
+        return [*([self._depth] if self.means.torch else []), self._width]
+
+    def _allowed(self, verb: str) -> bool:
+        """Whether a verb could do something at all."""
+        tried = [attempt for attempt in self.attempts.tried if attempt.step.verb == verb]
+        return not tried or any(attempt.point is not None for attempt in tried)
+
+    def _depth(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
+        settings = {"stages": FITS_ALONE, **self._wish(limit, share, base)}
+        return self._try("prune-depth", settings, base, f"blocks: {why}")
+
+    def _trained(self, limit: Limit, share: float, base: Attempt) -> Attempt:
+        settings = {**self.means.training, **self._wish(limit, share, base)}
+        return self._try("prune-depth", settings, base, "fits alone lose too much: with training")
+
+    def _width(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
+        if limit.key == "macs":
+            return self._try("prune-width", self._wish(limit, share, base), base, f"channels: {why}")
+        return self._width_for_latency(share, base, f"channels: {why}")
+
+    def _width_for_latency(self, share: float, base: Attempt, why: str) -> Attempt:
+        """MACs such that the file, measured, takes a share of the base's latency."""
+        wanted = share * base.found.latency_share
+        slow, fast = (1.0, base.found.latency_share), (0.0, 0.0)  # shares of the MACs and of the latency
+        guess, best, last = share, None, None
+        for _ in range(LATENCY_TRIALS):
+            last = found = self._try("prune-width", {"macs": str(int(guess * base.found.macs))}, base, why)
+            if found.point is None:
+                if fast[0] or guess >= AIM * slow[0]:
+                    break
+                guess = math.sqrt(guess * slow[0])
+                continue
+            here = (guess, found.found.latency_share)
+            if here[1] <= wanted:
+                fast, best = here, found
+            else:
+                slow = here
+            if fast[1] > CLOSE * wanted or (fast[0] and slow[0] - fast[0] < 0.02):
+                break
+            if fast[0] and slow[1] > fast[1]:
+                part = (math.log(AIM * wanted) - math.log(fast[1])) / (math.log(slow[1]) - math.log(fast[1]))
+                guess = fast[0] * (slow[0] / fast[0]) ** min(max(part, 0.1), 0.9)
+            else:
+                guess *= (AIM * wanted / here[1]) ** 1.5
+        assert last is not None
+        return best or last
+
+    # -- size --------------------------------------------------------------------------------------------------------
+
+    def _smaller(self, limit: Limit, current: Attempt) -> Attempt:
+        """Fewer bytes."""
+        base = self._before_passes(current)
+        size = int(limit.allowed(self.original.found.size_bytes))
+        plain = self._quantized(size, base, "codebooks within the bytes that are wished")
+        if plain.point is None and self.means.data:
+            plain, base = self._narrower(size, plain, base, current)
+        if plain.point is not None and self._within(plain):
+            return plain
+        if plain.point is not None and self._can_tune:
+            tuned = self._quantized(size, base, "codebooks alone lose too much: tuned together", tune=True)
+            if tuned.point is not None and self._within(tuned):
+                return tuned
+        return self._approach_size(size, base, current)
+
+    def _narrower(self, size: int, plain: Attempt, base: Attempt, current: Attempt) -> tuple[Attempt, Attempt]:
+        """Quantize what has fewer channels: the file holds more than weights."""
+        for share in WIDTHS:
+            settings = {"macs": str(int(share * current.found.macs))}
+            narrow = self._try(
+                "prune-width", settings, base, "quantizing alone does not reach the size: fewer channels"
+            )
+            if narrow.point is None or not self._within(narrow):
+                break
+            found = self._quantized(size, narrow, f"codebooks for {share:g} of the MACs")
+            if found.point is not None:
+                return found, narrow
+            narrow.verdict = "the size is out of reach even so"
+        return plain, base
+
+    def _approach_size(self, size: int, base: Attempt, current: Attempt) -> Attempt:
+        """The smallest file that loses no more than allowed."""
+        low, high, nearest = float(size), float(current.found.size_bytes), current
+        for _ in range(SIZE_BISECTIONS):
+            middle = int(math.sqrt(low * high))
+            if not size < middle < high:
+                break
+            why = f"back to {middle:,} bytes, as {size:,} are out of reach"
+            found = self._quantized(middle, base, why)
+            if found.point is not None and not self._within(found) and self._can_tune:
+                found = self._quantized(middle, base, f"{why}, tuned together", tune=True)
+            if found.point is not None and self._within(found):
+                nearest, high = found, float(found.found.size_bytes)
+            else:
+                low = float(middle)
+        return nearest
+
+    @property
+    def _can_tune(self) -> bool:
+        told = self.told.get("quantize", {})
+        return self.means.torch and self.means.train and self.means.data and "tune" not in told
+
+    def _quantized(self, size: int, base: Attempt, why: str, *, tune: bool = False) -> Attempt:
+        settings: dict[str, Any] = {"size": str(size), **({"tune": "joint"} if tune else {})}
+        return self._try("quantize", settings, base, why)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _try(self, verb: str, settings: Mapping[str, Any], base: Attempt, why: str) -> Attempt:
+        step = Step(verb, {**settings, **self.told.get(verb, {})})
+        return self.attempts.attempt(step, base, why)
+
+    def _within(self, attempt: Attempt) -> bool:
+        """Whether it loses no more than allowed; says so where not."""
+        if attempt.found.within(self.goal.drop):
+            return True
+        assert self.goal.drop is not None
+        attempt.verdict = f"{drop_text(attempt.found)}, allowed {self.goal.drop:.2%}"
+        return False
+
+    def _best(self, found: Sequence[Attempt], limit: Limit | None = None) -> Attempt | None:
+        """Of those that are allowed, and keep a limit, the one that loses least."""
+        done = [attempt for attempt in found if attempt.point is not None and self._within(attempt)]
+        kept = [attempt for attempt in done if limit is None or self._meets(attempt, limit)]
+        for attempt in done:
+            if limit is not None and attempt not in kept:
+                attempt.verdict = f"{goal_figure(limit, attempt.found, self.original.found)} is not {limit.text}"
+        best = min(kept, key=lambda attempt: attempt.found.loss, default=None)
+        for attempt in kept:
+            if best is not None and attempt is not best:
+                attempt.verdict = (
+                    f"{drop_text(attempt.found)}, step {best.number}'s by {drop_text(best.found, bare=True)}"
+                )
+        return best
+
+    def _meets(self, attempt: Attempt, limit: Limit) -> bool:
+        return attempt.found.meets(limit, self.original.found)
+
+    def _before_passes(self, current: Attempt) -> Attempt:
+        """Where a step begins that runs the exact passes itself."""
+        if current is self.exact and "optimize" not in self.told:
+            current.verdict = "the steps after it run the same passes"
+            return self.original
+        return current
+
+    def _figure(self, limit: Limit, attempt: Attempt) -> float:
+        return attempt.found.latency_share if limit.key == "latency" else attempt.found.figure(limit.key)
+
+    def _share(self, limit: Limit, base: Attempt) -> float:
+        """What is to be left of the base's."""
+        if limit.key == "latency":
+            return allowed_share(limit, base.found) / base.found.latency_share
+        return limit.allowed(self.original.found.figure(limit.key)) / base.found.figure(limit.key)
+
+    @staticmethod
+    def _wish(limit: Limit, share: float, base: Attempt) -> dict[str, Any]:
+        """A goal of a step: MACs as a number, latency as a share of what it begins with."""
+        if limit.key == "macs":
+            return {"macs": str(int(share * base.found.macs + 1e-6))}
+        return {"latency": f"{share:.4f}x"}
+
+
+class Script:
+    """Does the steps that a user wrote, in their order; those that cost more than they bring are backed out.
+
+    Args:
+        attempts: Does and measures steps.
+        goal: Ends the run where it is reached; None runs all.
+        steps: What to do.
+    """
+
+    def __init__(self, attempts: Attempts, goal: Goal | None, steps: Sequence[Step]) -> None:
+        self.attempts, self.goal, self.steps = attempts, goal, steps
+        self.original = attempts.original
+
+    def run(self) -> Attempt:
+        """The last attempt that was kept."""
+        current = self.original
+        for number, step in enumerate(self.steps, 1):
+            if self.goal is not None and reached(self.goal, current.found, self.original.found):
+                break
+            filled = self._with_goal(step, current, number)
+            found = self.attempts.attempt(filled, current, f"step {number} of the recipe", planned=False)
+            if found.point is None:
+                continue
+            drop = None if self.goal is None else self.goal.drop
+            if not found.found.within(drop):
+                found.verdict = f"{drop_text(found.found)}, allowed {drop:.2%}"
+            elif not brings(current.found, found.found, self.goal):
+                found.verdict = "it brings nothing of what is wished"
+            else:
+                current = found
+        return current
+
+    def _with_goal(self, step: Step, current: Attempt, number: int) -> Step:
+        """A step without a goal gets what the goal of the recipe still needs."""
+        if not GOALS[step.verb] or any(key in step.settings for key in GOALS[step.verb]):
+            return step
+        original = self.original.found
+        for limit in [] if self.goal is None else self.goal.limits:
+            if limit.key not in GOALS[step.verb] or current.found.meets(limit, original):
+                continue
+            if limit.key == "latency":
+                share = allowed_share(limit, current.found) / current.found.latency_share
+                return Step(step.verb, {**step.settings, "latency": f"{share:.4f}x"})
+            return Step(step.verb, {**step.settings, limit.key: str(int(limit.allowed(original.figure(limit.key))))})
+        if step.verb == "quantize":
+            return step  # the smallest whose outputs are predicted to be off by 10 %
+        names = " or ".join(GOALS[step.verb])
+        raise RecipeError(f"step {number}, {step.verb}: nothing says how far: give it {names}, or the recipe a goal")
+
+
+def brings(before: Point, after: Point, goal: Goal | None) -> bool:
+    """Whether a step brought something of what is wished; without a goal, anything."""
+    keys = ["size", "macs", "latency"] if goal is None else [limit.key for limit in goal.limits]
+    gains = {
+        "size": after.size_bytes < before.size_bytes,
+        "macs": after.macs < before.macs,
+        "latency": after.latency_share < NOISE * before.latency_share,
+    }
+    return any(gains[key] for key in keys)
