@@ -63,7 +63,7 @@ def deploy(
             "onnxruntime": runtime.version,
             "low_memory": LOW_MEMORY if codebooks else {},
         }
-        work = Work(model, proto, codebooks, staged.path, runtime, samples, options, manifest)
+        work = Work(model, proto, codebooks, staged.path, folder, runtime, samples, options, manifest)
         say(f"writing for {options.target}")
         if options.target == "web":
             settings, ran = [], None

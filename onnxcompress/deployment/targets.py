@@ -127,6 +127,7 @@ class Work:
         proto: The same, without external data.
         codebooks: Whether nodes decode weights in it.
         folder: Where to write.
+        place: Where it will be when it is done.
         runtime: Where models run.
         samples: Inputs with their outputs.
         options: The user's wishes.
@@ -138,6 +139,7 @@ class Work:
     proto: ModelProto
     codebooks: bool
     folder: Path
+    place: Path
     runtime: Runtime
     samples: CheckedSamples
     options: DeployOptions

@@ -6,6 +6,7 @@ The page and the check in Node share the module that loads and runs the model, a
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from typing import Any
 
@@ -34,7 +35,9 @@ def deploy_web(work: Work) -> None:
     }
     for name in TEMPLATES:
         work.add_template(name)
-    work.notes.append("a browser needs a server: python -m http.server --directory FOLDER 8000")
+    work.notes.append(
+        f"a browser needs a server: python -m http.server --directory {shlex.quote(str(work.place))} 8000"
+    )
 
 
 def check_web(work: Work) -> tuple[str, list[Setting]]:
