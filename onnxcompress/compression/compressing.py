@@ -30,6 +30,7 @@ from onnxcompress.compression.settings import Shared
 from onnxcompress.compression.steps import has_torch
 from onnxcompress.compression.strategy import Means, Script, Strategy
 from onnxcompress.compression.wording import nearest_text
+from onnxcompress.errors import DataError, ModelError, RecipeError
 from onnxcompress.model_io import StagedFile, external_files, load, read_proto
 from onnxcompress.optimizer import check_target
 from onnxcompress.runtime import Runtime
@@ -153,7 +154,8 @@ class _Job:
         done: Callable[[Attempt], None] | None,
     ) -> None:
         self.started = time.monotonic()
-        self.path, self.output, self.options, self.runtime, self.say = path, output, options, runtime, say
+        self.path, self.output, self.options, self.runtime = path, output, options, runtime
+        self.say, self.done = say, done
         say("reading")
         proto = read_proto(path)
         sources = list(external_files(proto, path.parent))
@@ -164,20 +166,6 @@ class _Job:
             {"model": files_digest([path, *sources]), "samples": self.parts.digest, **self._identity()},
             resume=options.resume,
         )
-        assert self.checkpoint.folder is not None
-        self.parts.write(self.checkpoint.folder)
-        self.shared = _shared(path, options, self.parts)
-        meter = Meter(
-            path,
-            self.parts,
-            runtime,
-            metric=options.metric,
-            latency=None if options.goal is None else options.goal.latency,
-            threads=options.threads,
-            custom_ops=options.custom_ops,
-            seed=options.seed,
-        )
-        self.attempts = Attempts(path, self.shared, meter, self.checkpoint, runtime, say, done)
 
     def _identity(self) -> dict[str, Any]:
         """The wishes that say what is tried."""
@@ -194,7 +182,18 @@ class _Job:
         }
 
     def run(self) -> CompressResult:
+        """Do it all; what was kept is of no use where the wishes have to change."""
+        try:
+            result = self._run()
+        except (DataError, ModelError, RecipeError):
+            self.checkpoint.remove()
+            raise
+        self.checkpoint.remove()
+        return result
+
+    def _run(self) -> CompressResult:
         options, goal = self.options, self.options.goal
+        self._begin()
         if options.steps or goal is None:
             last = Script(self.attempts, goal, options.steps).run()
         else:
@@ -208,9 +207,25 @@ class _Job:
             assert last.path is not None
             with StagedFile(load(last.path), self.output) as staged:
                 staged.commit()
-        result = self._result(last, met, written)
-        self.checkpoint.remove()
-        return result
+        return self._result(last, met, written)
+
+    def _begin(self) -> None:
+        """Samples to their places, and the original measured."""
+        options = self.options
+        assert self.checkpoint.folder is not None
+        self.parts.write(self.checkpoint.folder)
+        self.shared = _shared(self.path, options, self.parts)
+        meter = Meter(
+            self.path,
+            self.parts,
+            self.runtime,
+            metric=options.metric,
+            latency=None if options.goal is None else options.goal.latency,
+            threads=options.threads,
+            custom_ops=options.custom_ops,
+            seed=options.seed,
+        )
+        self.attempts = Attempts(self.path, self.shared, meter, self.checkpoint, self.runtime, self.say, self.done)
 
     def _result(self, last: Attempt, met: bool, written: bool) -> CompressResult:
         options, original = self.options, self.attempts.original.found

@@ -156,6 +156,9 @@ class _Planner:
             if self.means.can_train:
                 trained = self._step("prune-depth", {**wish, **self.means.training})
                 found.append(Planned(trained, "if that loses too much", "training wins back what fits cannot", ""))
+                learning = {key: value for key, value in self.means.training.items() if key != "stages"}
+                scaled = self._step("prune-scale", {"axes": "d,w", **wish, **learning})
+                found.append(Planned(scaled, "if even that does", "blocks and channels together", "takes longest"))
             elif self.means.torch and self.options.train:
                 self.notes.append(f"no training is planned: {self.means.fitted} samples, it takes {LEAST_TO_TRAIN}")
         return found

@@ -120,6 +120,8 @@ class Strategy:
                 best = self._best([half if rest >= 1 else self._width(limit, rest, half, "the other half")], limit)
         if best is None and self.means.can_train and self._allowed("prune-depth"):
             best = self._best([self._trained(limit, share, base)], limit)
+        if best is None and self.means.can_train:
+            best = self._best([self._scaled(limit, share, base)], limit)
         if best is not None:
             return best
         return self._approach(limit, share, base, current, ways)
@@ -156,6 +158,11 @@ class Strategy:
     def _trained(self, limit: Limit, share: float, base: Attempt) -> Attempt:
         settings = {**self.means.training, **self._wish(limit, share, base)}
         return self._try("prune-depth", settings, base, "fits alone lose too much: with training")
+
+    def _scaled(self, limit: Limit, share: float, base: Attempt) -> Attempt:
+        settings = {key: value for key, value in self.means.training.items() if key != "stages"}
+        settings |= {"axes": "d,w", **self._wish(limit, share, base)}
+        return self._try("prune-scale", settings, base, "blocks and channels together, by what pruned networks tell")
 
     def _width(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
         if limit.key == "macs":
