@@ -166,14 +166,12 @@ def _fits(found: Mapping[str, Any], metric: str) -> Section:
         axis = Axis(f"share of {fit['axis']} left", "share")
         plots.append(Plot(f"{fit['axis'].capitalize()} alone", axis, metric_axis(metric), series))
         error = number(fit["loo_error"], ".2g")
-        rows.append(
-            [text(fit["axis"]), number(len(sizes)), number(fit["degree"]), text("yes" if fit["exact"] else "no"), error]
-        )
-    header = ("axis", "points", "degree", "through the original", "leave-one-out error")
+        rows.append([text(fit["axis"]), number(len(sizes)), number(fit["degree"]), error])
+    header = ("axis", "points", "degree", "leave-one-out error")
     return Section(
         "Predictor",
         [Row(plots), Table(header, rows)],
-        "One polynomial for each axis, fitted to what was measured on it.",
+        "One polynomial for each axis, through the original and fitted to what was measured on it.",
     )
 
 
