@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnxcompress.channels.labels import Line, lines, padded, varied
-from onnxcompress.channels.trace import UNKNOWN, WILD, Offset, Trace
+from onnxcompress.channels.trace import UNKNOWN, WILD, Offset, Trace, blurred
 from onnxcompress.graph import Node, Tensor, is_constant, optional_input, scalar_value
 
 Number = Callable[[float, Node], float]
@@ -97,6 +97,26 @@ def clip(trace: Trace, node: Node) -> None:
     trace.set(node.outputs[0], trace.of(node.inputs[0]), rest)
 
 
+def quantize(trace: Trace, node: Node) -> None:
+    """QuantizeLinear and DequantizeLinear: what is 0 stays so, other numbers are rounded."""
+    x = node.inputs[0]
+    labels = trace.of(x)
+    if labels is None:
+        return
+    parameters = [tensor for tensor in node.inputs[1:] if not tensor.is_empty()]
+    if any(not is_constant(tensor) for tensor in parameters) or node.attrs.get("block_size", 0):
+        trace.freeze(x, node, "its scales are no constants, or those of blocks")
+        return
+    axis = int(node.attrs.get("axis", 1)) % len(x.shape)
+    for slot, tensor in enumerate(node.inputs[1:], 1):
+        if not tensor.is_empty() and math.prod(tensor.shape) > 1:
+            if varied(labels) != (axis,):
+                trace.freeze(x, node, "has a scale for each place, and its channels are elsewhere")
+                return
+            trace.bind(node, slot, 0, Line(labels, axis), "other")
+    trace.set(node.outputs[0], labels, 0.0 if trace.rest(x) == 0 else blurred(trace.rest(x)))
+
+
 def _divide(a: float, b: float) -> float:
     return 0.0 if a == 0 and b != 0 else a / b if b else UNKNOWN
 
@@ -139,7 +159,9 @@ def several(trace: Trace, node: Node) -> None:
         return
     rest = _rest_of_all(trace, node)
     for slot, tensor in enumerate(node.inputs):
-        if is_constant(tensor):
+        if trace.dequantizer(tensor) is not None:
+            trace.bind_constant(node, slot, labels, rank, "bias" if node.op in OFFSETS else "other")
+        elif is_constant(tensor):
             trace.bind_constant(node, slot, labels, rank, "other")
             if node.op in OFFSETS:
                 trace.offsets.append(Offset(node, slot, padded(labels, rank)))
@@ -172,7 +194,7 @@ def _may_be_zero(trace: Trace, divisor: Tensor) -> bool:
 
 
 def _rest(trace: Trace, node: Node, tensor: Tensor) -> float:
-    if is_constant(tensor):
+    if trace.is_weight(tensor):
         return 0.0 if node.op in OFFSETS else trace.rest(tensor)
     return trace.rest(tensor) if trace.of(tensor) is not None else UNKNOWN
 
@@ -214,7 +236,7 @@ def _joined(trace: Trace, a: np.ndarray, b: np.ndarray, rank: int) -> np.ndarray
 
 def _check_operand(trace: Trace, node: Node, tensor: Tensor, axes: list[int], result: np.ndarray, rank: int) -> None:
     """An operand that is not constant must have channels on an axis, or size 1 there."""
-    if is_constant(tensor):
+    if trace.is_weight(tensor):
         return
     own = trace.of(tensor)
     own_axes = () if own is None else varied(padded(own, rank))

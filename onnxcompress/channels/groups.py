@@ -19,7 +19,7 @@ import numpy as np
 from onnxcompress.channels.labels import Line, varied
 from onnxcompress.channels.resolving import Atoms, resolve
 from onnxcompress.channels.rules import RULES
-from onnxcompress.channels.trace import Binding, Keeping, Repair, Trace, Work, name_of, walk
+from onnxcompress.channels.trace import Keeping, Repair, Trace, Work, name_of, walk
 from onnxcompress.cost import count, node_macs
 from onnxcompress.graph import Graph
 
@@ -76,9 +76,7 @@ class Channels:
         self.space = trace.space
         self._atoms = atoms
         roots = trace.space.roots
-        self.bindings = [
-            Binding(b.node, b.slot, b.axis, Line(roots(b.line.labels), b.line.axis), b.role) for b in trace.bindings
-        ]
+        self.bindings = [replace(b, line=Line(roots(b.line.labels), b.line.axis)) for b in trace.bindings]
         self.repairs: list[Repair] = trace.repairs
         self.references: list[Repair] = trace.references
         self.offsets = trace.offsets
@@ -219,7 +217,7 @@ class Channels:
             counts: dict[int, int] = {}
             for atoms in self.atoms_of(binding.line):
                 for atom in atoms:
-                    side.setdefault(atom, set()).add(name_of(binding.node))
+                    side.setdefault(atom, set()).add(name_of(binding.user or binding.node))
                     counts[atom] = counts.get(atom, 0) + 1
             if binding.role == "weight":
                 for atom, number in counts.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxcompress.channels.labels import Line, lines, on_axis, varied
-from onnxcompress.channels.trace import UNKNOWN, WILD, Keeping, Role, Trace, blurred, is_fixed, multiply_by_mask
+from onnxcompress.channels.trace import UNKNOWN, WILD, Keeping, Role, Trace, blurred, multiply_by_mask
 from onnxcompress.graph import Graph, Node, Tensor, is_constant, numpy_dtype, optional_input
 
 
@@ -26,7 +26,7 @@ def conv_transpose(trace: Trace, node: Node) -> None:
 def _convolution(trace: Trace, node: Node, *, transposed: bool) -> None:
     x, weight = node.inputs[0], node.inputs[1]
     bias = optional_input(node, 2)
-    if not is_constant(weight) or not is_fixed(bias):
+    if not trace.is_weight(weight) or not (bias is None or trace.is_weight(bias)):
         trace.freeze(x, node, f"its weight is not a constant ({weight.name!r} is computed)")
         trace.freeze(weight, node, "reads it as a weight")
         trace.freeze(bias, node, "reads it as a bias")
@@ -98,7 +98,7 @@ def _positions(trace: Trace, node: Node, line: Line | None, out: Line, group: in
 def gemm(trace: Trace, node: Node) -> None:
     """Gemm: y = A' B' + C with a constant B."""
     x, weight, bias = node.inputs[0], node.inputs[1], optional_input(node, 2)
-    if not is_constant(weight) or not is_fixed(bias):
+    if not trace.is_weight(weight) or not (bias is None or trace.is_weight(bias)):
         for tensor in node.inputs:
             trace.freeze(tensor, node, "its weight or bias is not a constant")
         return
@@ -144,11 +144,11 @@ def _passing(trace: Trace, node: Node, x: Tensor, axis: int) -> np.ndarray | Non
 def matmul(trace: Trace, node: Node) -> None:
     """MatMul with a constant on either side, or with none, as in attention."""
     a, b = node.inputs
-    if is_constant(a) == is_constant(b):
-        if not is_constant(a):
+    if trace.is_weight(a) == trace.is_weight(b):
+        if not trace.is_weight(a):
             _product(trace, node)
         return
-    weight_slot = 1 if is_constant(b) else 0
+    weight_slot = 1 if trace.is_weight(b) else 0
     x, weight = node.inputs[1 - weight_slot], node.inputs[weight_slot]
     rank_x, rank_w = len(x.shape), len(weight.shape)
     rank = len(node.outputs[0].shape)

@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from onnxcompress.channels.groups import Channels, Removed, find_channels
 from onnxcompress.channels.trace import MAKERS, ZEROED, Binding
-from onnxcompress.graph import Constant, Graph, Tensor
+from onnxcompress.graph import Constant, Graph, Tensor, constant_value, is_op, optional_input
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
 
@@ -73,7 +73,8 @@ def zero_channels(channels: Channels, removed: Removed, *, makers_alone: bool = 
         assert isinstance(tensor, Constant)
         values = np.array(tensor.values)
         for binding, mask in found:
-            np.moveaxis(values, binding.axis, 0)[~mask] = 0
+            zero = np.moveaxis(_zero(binding), binding.axis, 0)
+            np.moveaxis(values, binding.axis, 0)[~mask] = zero[~mask]
         _replace(channels, tensor, values)
     for offset in channels.offsets:
         if keeping.changes(offset.labels):
@@ -100,6 +101,19 @@ def remove_and_zero(
         act(find_channels(graph), removed)
         made.append(to_proto(graph))
     return made[0], made[1]
+
+
+def _zero(binding: Binding) -> np.ndarray:
+    """What stands for 0 in a constant, in its shape: the zero point where it is dequantized."""
+    tensor, node = binding.tensor, binding.node
+    point = constant_value(optional_input(node, 2)) if is_op(node, "DequantizeLinear") and binding.slot == 0 else None
+    if point is None:
+        return np.broadcast_to(np.zeros(1, tensor.dtype), tensor.shape)
+    if point.size > 1:
+        shape = [1] * len(tensor.shape)
+        shape[int(node.attrs.get("axis", 1)) % len(shape)] = point.size
+        point = point.reshape(shape)
+    return np.broadcast_to(point, tensor.shape)
 
 
 def _replace(channels: Channels, tensor: Constant, values: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from onnxcompress.channels.trace import Rule
 RULES: dict[str, Rule] = {
     **dict.fromkeys(elementwise_rules.UNARY, elementwise_rules.unary),
     **dict.fromkeys(elementwise_rules.BINARY, elementwise_rules.several),
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), elementwise_rules.quantize),
     "Clip": elementwise_rules.clip,
     "BatchNormalization": linear_rules.normalization,
     "Conv": linear_rules.conv,

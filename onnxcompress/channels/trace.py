@@ -26,6 +26,7 @@ from onnxcompress.graph import (
     bodies,
     constant_value,
     is_constant,
+    is_op,
     numpy_dtype,
     optional_input,
     rank,
@@ -50,6 +51,7 @@ class Binding:
         axis: Of the constant.
         line: One axis of a labelling.
         role: What the constant is to the channels.
+        user: The operator that works with it, where ``node`` only dequantizes it.
     """
 
     node: Node
@@ -57,6 +59,7 @@ class Binding:
     axis: int
     line: Line
     role: Role
+    user: Node | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -160,6 +163,18 @@ class Trace:
             return UNKNOWN
         return float(value.reshape(-1)[0])
 
+    def is_weight(self, tensor: Tensor | None) -> bool:
+        """Whether a tensor is constant, or what one node reads of an integer constant that is dequantized."""
+        return is_constant(tensor) or self.dequantizer(tensor) is not None
+
+    def dequantizer(self, tensor: Tensor | None) -> Node | None:
+        """The node that makes a weight of an integer constant, where nothing else reads it."""
+        node = self.graph.producer(tensor)
+        if node is None or tensor is None or not is_op(node, "DequantizeLinear") or node.attrs.get("block_size", 0):
+            return None
+        alone = len(tensor.outputs) == 1 and not self.graph.is_output(tensor)
+        return node if alone and all(is_constant(t) for t in node.inputs) else None
+
     def channel_line(self, tensor: Tensor, axis: int) -> Line | None:
         """The labels along one axis when the labelling has no other; None too when there are none."""
         labels = self.of(tensor)
@@ -190,8 +205,18 @@ class Trace:
 
     def bind(self, node: Node, slot: int, axis: int, line: Line, role: Role) -> None:
         """Let an axis of a constant go with a line."""
-        axis %= len(node.inputs[slot].shape)
-        self.bindings.append(Binding(node, slot, axis, line, role))
+        rank_ = len(node.inputs[slot].shape)
+        axis %= rank_
+        quantized = self.dequantizer(node.inputs[slot])
+        if quantized is not None:
+            # Scales and zero points of this very axis go along.
+            if int(quantized.attrs.get("axis", 1)) % max(rank_, 1) == axis:
+                for other in range(1, len(quantized.inputs)):
+                    if math.prod(quantized.inputs[other].shape) > 1:
+                        self.bindings.append(Binding(quantized, other, 0, line, "other"))
+            self.bindings.append(Binding(quantized, 0, axis, line, role, node))
+        else:
+            self.bindings.append(Binding(node, slot, axis, line, role))
 
     def bind_constant(self, node: Node, slot: int, labels: np.ndarray, rank_: int, role: Role) -> None:
         """Bind a constant that is broadcast to a tensor with these labels, wherever it is not itself 1 there."""
@@ -330,11 +355,6 @@ def reason_text(node: Node | None, why: str) -> str:
 def constant_input(node: Node, slot: int) -> np.ndarray | None:
     """The value of an input that is there and constant."""
     return constant_value(optional_input(node, slot))
-
-
-def is_fixed(tensor: Tensor | None) -> bool:
-    """Whether an input is left out or constant."""
-    return tensor is None or is_constant(tensor)
 
 
 def sizes_of(tensor: Tensor) -> list[int | str | None]:

@@ -418,7 +418,7 @@ APPROXIMATE: dict[str, tuple[str, dict[str, tuple[int, ...]], list[int], str]] =
         "ReduceMean 's': is taken over the channels that stay",
     ),
     "largest channel": (
-        "a = Conv(x, w1) s = ReduceMax<axes=[1]>(a) y = Conv(s, w2)",
+        "a = Conv(x, w1) b = Abs(a) n = Neg(b) s = ReduceMax<axes=[1]>(n) y = Conv(s, w2)",
         {"w1": (8, 3, 1, 1), "w2": (4, 1, 1, 1)},
         [8],
         "ReduceMax 's': is taken over the channels that stay",
@@ -520,6 +520,58 @@ def test_a_class_token_loses_the_channels_of_the_patches():
     check(proto)
 
 
+QUANTIZED = """
+  qx = QuantizeLinear(x, sx, zx) dx = DequantizeLinear(qx, sx, zx)
+  d1 = DequantizeLinear<axis=0>(w1, s1, z1) d2 = DequantizeLinear<axis=0>(b1, s2, z2) a = Conv(dx, d1, d2) r = Relu(a)
+  qr = QuantizeLinear(r, sx, zx) dr = DequantizeLinear(qr, sx, zx) m = MaxPool<kernel_shape=[2,2]>(dr)
+  d3 = DequantizeLinear(w2, s3, z3) c = Conv(m, d3) d4 = DequantizeLinear<axis=0>(o, s4, z4) p = Add(c, d4)
+  d5 = DequantizeLinear(w3, s5, z5) y = Conv(p, d5)
+"""
+
+
+def test_weights_that_are_dequantized():
+    def integers(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+        return RNG.integers(0, 120, shape).astype(dtype)
+
+    numbers = {
+        "w1": integers(8, 3, 1, 1),
+        "s1": np.abs(weights(s=(8,))["s"]) / 50,
+        "z1": integers(8),
+        "b1": integers(8, dtype=np.int32),
+        "s2": np.full(8, 0.01, np.float32),
+        "z2": np.zeros(8, np.int32),
+        "sx": np.float32(0.03),
+        "zx": np.uint8(90),
+        "w2": integers(6, 8, 1, 1),
+        "s3": np.float32(0.02),
+        "z3": np.uint8(55),
+        "o": integers(6, 1, 1),
+        "s4": np.full(6, 0.02, np.float32),
+        "z4": integers(6),
+        "w3": integers(4, 6, 1, 1),
+        "s5": np.float32(0.02),
+        "z5": np.uint8(60),
+    }
+    proto = model(f"g ({X}) => ({Y}) {{ {QUANTIZED} }}", **numbers)
+    assert free(proto) == {"a": 8, "c": 6}
+    check(proto)
+    pruned, _ = remove_and_zero(proto, {"a": [0, 7], "c": [1]})
+    shapes = {t.name: tuple(t.dims) for t in pruned.graph.initializer}
+    assert (shapes["w1"], shapes["s1"], shapes["z1"], shapes["b1"]) == ((6, 3, 1, 1), (6,), (6,), (6,))
+    assert (shapes["w2"], shapes["o"], shapes["s4"], shapes["w3"]) == ((5, 6, 1, 1), (5, 1, 1), (5,), (4, 5, 1, 1))
+
+
+def test_scales_for_each_channel_of_what_is_quantized_go_along():
+    text = """
+      a = Conv(x, w1) q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z) y = Conv(d, w2)
+    """
+    numbers = weights(w1=(8, 3, 1, 1), w2=(4, 8, 1, 1))
+    scales = {"s": np.linspace(0.01, 0.05, 8, dtype=np.float32), "z": np.arange(100, 108, dtype=np.uint8)}
+    proto = model(f"g ({X}) => ({Y}) {{ {text} }}", **numbers, **scales)
+    assert free(proto) == {"a": 8}
+    check(proto)
+
+
 # nodes, weights, a part of the reason
 FROZEN: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
     "output": ("y = Conv(x, w1)", {"w1": (8, 3, 1, 1)}, "output 'y' of the model"),
@@ -573,6 +625,11 @@ FROZEN: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
         {"w1": (8, 3, 1, 1), "s": (8,), "b": (8,), "m": (8,), "v": (8,), "w2": (4, 8, 1, 1)},
         "is in training mode",
     ),
+    "quantized weight that two read": (
+        "d = DequantizeLinear(q, sq) e = Conv(x, w1) a = Conv(e, d) c = Conv(x, d) s = Add(a, c) y = Conv(s, w2)",
+        {"sq": (), "w1": (3, 3, 1, 1), "w2": (4, 8, 1, 1)},
+        "Conv 'a': its weight is not a constant",
+    ),
     "logarithm": (
         "a = Conv(x, w1) s = Log(a) y = Conv(s, w2)",
         {"w1": (8, 3, 1, 1), "w2": (4, 8, 1, 1)},
@@ -606,8 +663,10 @@ FROZEN: dict[str, tuple[str, dict[str, tuple[int, ...]], str]] = {
 def test_near_misses_are_frozen_with_a_reason(name):
     text, shapes, reason = FROZEN[name]
     step, one = np.array([3]), np.array(1)
-    more = {"step": step, "one": one, "more": np.array([0, 1, 0, 0, 0, 1, 0, 0])}
-    proto = chain(text, shapes, **{k: v for k, v in more.items() if any(f" {k}{q}" in text for q in ",)")})
+    more = {"step": step, "one": one, "q": np.ones((8, 3, 1, 1), np.int8), "more": np.array([0, 1, 0, 0, 0, 1, 0, 0])}
+    proto = chain(
+        text, shapes, **{k: v for k, v in more.items() if any(f"{p}{k}{q}" in text for p in " (" for q in ",)")}
+    )
     assert reason in reasons(proto)
     first = next(iter(channels_of(proto).groups))
     with pytest.raises(ValueError, match="cannot be pruned"):
