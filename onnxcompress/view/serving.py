@@ -7,6 +7,7 @@ telemetry off. All come from one address, so that the page can show a node in ei
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import html
 import json
@@ -50,10 +51,10 @@ class Viewer:
 
     Attributes:
         url: Where to look.
-        changes: Of two models, the nodes that differ.
+        changes: Of two ONNX models, the nodes that differ; None where one is of another format, which Netron may know.
 
     Raises:
-        ModelError: A file is missing, or one of two is no ONNX model.
+        ModelError: A file is missing.
         RecipeError: Netron is not installed, or the port is taken.
     """
 
@@ -65,11 +66,12 @@ class Viewer:
         if netron is None or not netron.submodule_search_locations:
             raise RecipeError("netron is not installed: pip install 'onnxcompress[view]'")
         self.closed = threading.Event()
-        self.changes: list[NodeChange] = []
+        self.changes: list[NodeChange] | None = None
         page = None
         paths = [f"{number}/" for number in range(len(models))]
         if len(models) == 2:
-            self.changes = node_changes(*(read_proto(model).graph for model in models))
+            with contextlib.suppress(ModelError):
+                self.changes = node_changes(*(read_proto(model).graph for model in models))
             page = side_by_side(list(zip([model.name for model in models], paths, strict=True)), self.changes)
         handler = _handler(Path(netron.submodule_search_locations[0]), dict(zip(paths, models, strict=True)), page)
         try:
@@ -95,16 +97,18 @@ class Viewer:
         self.close()
 
 
-def side_by_side(panes: Sequence[tuple[str, str]], changes: Sequence[NodeChange] = ()) -> str:
-    """The page that shows Netrons next to each other, with a list of nodes to show in them."""
+def side_by_side(panes: Sequence[tuple[str, str]], changes: Sequence[NodeChange] | None) -> str:
+    """The page that shows Netrons next to each other, with a list of nodes to show in them; None: not compared."""
     shown = [PANE.format(name=html.escape(name), url=urllib.parse.quote(url, safe=":/")) for name, url in panes]
-    counts = {status: sum(one.status == status for one in changes) for status in ("changed", "new", "gone")}
+    known = changes or ()
+    counts = {status: sum(one.status == status for one in known) for status in ("changed", "new", "gone")}
+    summary = ", ".join(COUNT.format(count=count, status=status) for status, count in counts.items())
     filled = {
         "title": html.escape(" | ".join(name for name, _ in panes)),
         "panes": "\n".join(shown),
-        "summary": ", ".join(COUNT.format(count=count, status=status) for status, count in counts.items()),
+        "summary": summary if changes is not None else "no list: nodes of .onnx files alone are compared",
         # In a script element, </script> ends it, wherever it stands.
-        "changes": json.dumps([asdict(one) for one in changes]).replace("<", "\\u003c"),
+        "changes": json.dumps([asdict(one) for one in known]).replace("<", "\\u003c"),
         "script": _template("page.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _template("page.html"))

@@ -68,6 +68,14 @@ def test_the_page_lists_the_nodes_that_differ(two):
         assert [one["status"] for one in json.loads(text)] == ["changed"] == [one.status for one in viewer.changes]
 
 
+def test_another_format_is_shown_without_a_list(tmp_path):
+    (tmp_path / "m.ort").write_bytes(b"no protobuf")
+    with Viewer([model_path("digits"), tmp_path / "m.ort"]) as viewer:
+        page = read(viewer.url).decode()
+        assert viewer.changes is None and "nodes of .onnx files alone are compared" in page
+        assert shown_model(f"{viewer.url}1/") == b"no protobuf"
+
+
 def test_netron_sends_nothing_and_asks_for_nothing():
     with Viewer([model_path("digits")]) as viewer:
         with urllib.request.urlopen(viewer.url, timeout=20) as answer:
