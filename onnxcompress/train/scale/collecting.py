@@ -24,7 +24,8 @@ from onnxcompress.train.checkpoint import difference
 from onnxcompress.train.depth.options import finite
 from onnxcompress.train.depth.search import write_whole
 from onnxcompress.train.scale.axes import Ladders
-from onnxcompress.train.scale.making import NOTHING, make_point
+from onnxcompress.train.scale.given import Given
+from onnxcompress.train.scale.making import NOTHING, make_at, make_point
 from onnxcompress.train.scale.options import Point, Progress, ScaleOptions
 from onnxcompress.train.scale.predictor import AXES
 from onnxcompress.train.scale.solving import CostTable, Levels, step_levels
@@ -56,8 +57,7 @@ class Collector:
     """The points of a run, and the folder in which they are kept.
 
     Args:
-        source: The model file.
-        options: The wishes.
+        given: Model and samples.
         ladders: Of its prepared graph.
         folder: For the points.
         identity: What makes them these points.
@@ -67,15 +67,15 @@ class Collector:
 
     def __init__(
         self,
-        source: Path,
-        options: ScaleOptions,
+        given: Given,
         ladders: Ladders,
         folder: Path,
         identity: Mapping[str, Any],
         total: int,
         progress: Callable[[Progress], None],
     ) -> None:
-        self.source, self.options, self.ladders, self.folder = source, options, ladders, folder
+        options = given.options
+        self.given, self.ladders, self.folder = given, ladders, folder
         self.identity = json.loads(json.dumps(dict(identity)))
         self.total, self.progress = total, progress
         self.points: dict[str, Point] = {}
@@ -123,8 +123,8 @@ class Collector:
 
         tasks = [self._task(*entry) for entry in missing]
         if self.alone:
-            for number, task in enumerate(tasks):
-                done(number, make_point(*task))
+            for number, (_, _, _, *rest) in enumerate(tasks):
+                done(number, make_at(self.given, self.ladders, *rest))
         else:
             self.workers.map(make_point, tasks, done)
         return [self.points[point.name] for point, _, _ in wanted]
@@ -132,7 +132,8 @@ class Collector:
     def _task(self, point: Point, before: Point | None, epochs: float) -> tuple[Any, ...]:
         start = np.empty(0, np.uint8) if before is None else np.fromfile(self._file(before.name), np.uint8)
         at = NOTHING if before is None else before.levels
-        return str(self.source.resolve()), self.options, self.ladders.as_dict(), point.levels, at, epochs, start
+        given = self.given
+        return str(given.source.resolve()), given.options, self.ladders.as_dict(), point.levels, at, epochs, start
 
     def _say(self, text: str) -> None:
         left = max(0, self.total - len(self.points))

@@ -35,7 +35,7 @@ FIT_BATCH = 64
 
 
 class Given:
-    """Model and samples, read when they are first asked for.
+    """The model, and the samples, which are read when they are first asked for.
 
     Args:
         source: The model.
@@ -43,12 +43,14 @@ class Given:
 
     Raises:
         RecipeError: There are no samples, or they do not go with the settings.
+        ModelError: The model cannot be read.
     """
 
     def __init__(self, source: Path, options: ScaleOptions) -> None:
         self.source, self.options = source, options
         if not options.data or not options.val:
             raise RecipeError("samples to train on and to judge by are needed: give --data and --val")
+        self.proto = read_model(source)
         self.device = options.training.torch_device()
         self.runtime = Runtime(timeout_s=RUNTIME_TIMEOUT_S)
 
@@ -59,10 +61,6 @@ class Given:
         self.runtime.close()
 
     # -- the model -----------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def proto(self) -> Any:
-        return read_model(self.source)
 
     @functools.cached_property
     def graph(self) -> Graph:

@@ -24,6 +24,7 @@ from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.checkpoint import Checkpoint
 from onnxcompress.train.depth.fitting import fit_blocks, fit_outputs
+from onnxcompress.train.depth.given import file_digest
 from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.supernet import build_pruned, build_supernet
 from onnxcompress.train.depth.training import Lambdas, settled
@@ -164,6 +165,36 @@ def point_settings(options: ScaleOptions, epochs: float) -> TrainSettings:
     return replace(options.training, epochs=epochs, steps=None, patience=None, eval_every=None)
 
 
+def make_at(
+    given: Given, ladders: Ladders, target: Levels, at: Levels, epochs: float, model: np.ndarray
+) -> tuple[np.ndarray, float, float, float]:
+    """Prune and train one network, with one thread.
+
+    Args:
+        given: Model and samples.
+        ladders: Of its prepared graph.
+        target: Levels.
+        at: Levels to go on from.
+        epochs: Of the training.
+        model: (n,) uint8, the network to go on from, serialized; empty for the original.
+
+    Returns:
+        (n,) uint8 the network, serialized; its figures before and after training; and the seconds that it took.
+    """
+    start = time.monotonic()
+    with one_thread():
+        held = load(model.tobytes()) if len(model) else None
+        if held is not None:
+            infer_shapes(held)
+        graph = prune(given, ladders, target, held=held, at=at)
+        made = train_graph(given, graph, point_settings(given.options, epochs))
+        made.twin.to("cpu").write_back(graph)
+    if not math.isfinite(made.figure):
+        raise ModelError(f"{given.source}, pruned to levels {target}: the figure is {made.figure:g}")
+    packed = np.frombuffer(to_proto(graph).SerializeToString(), np.uint8)
+    return packed, made.fitted, made.figure, time.monotonic() - start
+
+
 _held: dict[str, Given] = {}  # the last one of this process: points of a run share it
 
 
@@ -176,35 +207,11 @@ def make_point(
     epochs: float,
     model: np.ndarray,
 ) -> tuple[np.ndarray, float, float, float]:
-    """Prune and train one network in a process of its own.
-
-    Args:
-        source: The model file.
-        options: The wishes.
-        ladders: As a dict.
-        target: Levels.
-        at: Levels to go on from.
-        epochs: Of the training.
-        model: (n,) uint8, the network to go on from, serialized; empty for the original.
-
-    Returns:
-        (n,) uint8 the network, serialized; its figures before and after training; and the seconds that it took.
-    """
-    start = time.monotonic()
-    key = f"{source} {options}"
+    """``make_at`` in a process of its own, which reads model and samples itself."""
+    key = f"{file_digest(Path(source))} {source} {options}"
     if key not in _held:
         for other in _held.values():
             other.runtime.close()
         _held.clear()
         _held[key] = Given(Path(source), options)
-    with one_thread():
-        held = load(model.tobytes()) if len(model) else None
-        if held is not None:
-            infer_shapes(held)
-        graph = prune(_held[key], Ladders.from_dict(ladders), target, held=held, at=at)
-        made = train_graph(_held[key], graph, point_settings(options, epochs))
-        made.twin.to("cpu").write_back(graph)
-    if not math.isfinite(made.figure):
-        raise ModelError(f"{source}, pruned to levels {target}: the figure is {made.figure:g}")
-    packed = np.frombuffer(to_proto(graph).SerializeToString(), np.uint8)
-    return packed, made.fitted, made.figure, time.monotonic() - start
+    return make_at(_held[key], Ladders.from_dict(ladders), target, at, epochs, model)

@@ -252,7 +252,7 @@ class Job:
         several = len([axis for axis in points if points[axis]]) > 1
         total = sum(map(len, points.values())) + (options.mixed if several else 0)
         identity = given.identity() | {"mixed": options.mixed}
-        with Collector(given.source, options, self.ladders, self.folder, identity, total, self._told) as collector:
+        with Collector(given, self.ladders, self.folder, identity, total, self._told) as collector:
             measured: dict[str, list[Point]] = {axis: [] for axis in points}
             for number in range(max(map(len, points.values()), default=0)):
                 wanted = [

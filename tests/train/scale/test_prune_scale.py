@@ -1,0 +1,278 @@
+"""``onnxcompress prune-scale``: what it makes of a file, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from onnxcompress import models
+from onnxcompress.channels.options import Goal
+from onnxcompress.cli import cli
+from onnxcompress.cost import count
+from onnxcompress.errors import OnnxCompressError, RecipeError
+from onnxcompress.model_io import load, save
+from onnxcompress.shapes import infer_shapes
+from onnxcompress.testing import model, run
+from onnxcompress.train.depth.offers import BudgetError
+from onnxcompress.train.scale.options import ScaleOptions, parse_axes
+from onnxcompress.train.scale.pruning import plan_scale, prune_scale
+from onnxcompress.train.settings import TrainSettings
+
+pytest.importorskip("sklearn")
+
+FOLDER = Path(models.__file__).parent
+RESNET = FOLDER / "resnet20_digits.onnx"
+OPTIONS = ScaleOptions(
+    data="sklearn:digits:train",
+    val="sklearn:digits",
+    goal=Goal("macs", 0.5, True),
+    rounds=2,
+    mixed=1,
+    round_epochs=0.4,
+    width_ranking="magnitude",
+    depth_ranking="probes",
+    calibration=128,
+    training=TrainSettings(epochs=1, batch=64, learning_rate=1e-3, device="cpu"),
+    jobs=1,
+)
+
+
+class Stop(Exception):
+    """A run is stopped."""
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A small ResNet at half of its MACs, along all three axes; the state is kept."""
+    folder = tmp_path_factory.mktemp("pruned")
+    said = []
+    result = prune_scale(
+        RESNET, folder / "out.onnx", replace(OPTIONS, checkpoint=folder / "state"), progress=said.append
+    )
+    return result, folder, said
+
+
+def test_the_goal_is_kept_and_the_interface_is_the_same(pruned):
+    result, folder, _ = pruned
+    graph = load(folder / "out.onnx")
+    infer_shapes(graph)
+    assert count(graph).macs == result.figures_after.macs <= 0.5 * result.figures_before.macs
+    before, after = onnx.load(RESNET).graph, onnx.load(folder / "out.onnx").graph
+    assert [list(after.input), list(after.output)] == [list(before.input), list(before.output)]
+    x = np.random.default_rng(0).normal(size=(5, 1, 8, 8)).astype(np.float32)
+    assert run(onnx.load(folder / "out.onnx"), {after.input[0].name: x})[0].shape == (5, 10)
+    assert result.after > 0.9  # measured 0.965
+    assert result.merge_error < 1e-5
+
+
+def test_points_are_networks_of_their_cost(pruned):
+    result, folder, _ = pruned
+    decision = result.decision
+    assert {point.axis for point in decision.points} == {"depth", "width", "resolution", "mixed"}
+    for point in decision.points:
+        graph = load(folder / "state" / f"{point.name}.onnx")
+        infer_shapes(graph)
+        assert count(graph).macs == point.macs
+        assert point.cost == pytest.approx(point.macs / result.figures_before.macs)
+        assert 0 < point.figure <= 1 and point.figure >= point.fitted
+    for axis, fit in decision.fits.items():
+        own = [point for point in decision.points if point.axis == axis]
+        assert own[-1].cost <= 0.5 < own[0].cost  # in rounds, the last one at the goal
+        assert fit.figures == (decision.base, *(point.figure for point in own))
+    mixed = [point for point in decision.points if point.axis == "mixed"]
+    assert len(mixed) == 1 and sum(map(bool, mixed[0].levels)) > 1 and mixed[0].cost <= 0.5
+    assert decision.off_axis_error > 0
+    assert decision.cost == pytest.approx(result.figures_after.macs / result.figures_before.macs)
+
+
+def test_the_report_holds_what_a_figure_of_the_fits_needs(pruned):
+    plain = json.loads(json.dumps(pruned[0].as_dict()))["predictor"]
+    assert [fit["axis"] for fit in plain["fits"]] == ["depth", "width", "resolution"]
+    for fit in plain["fits"]:
+        assert len(fit["sizes"]) == len(fit["figures"]) == 3 and len(fit["coefficients"]) == fit["degree"] + 1
+        assert np.polynomial.polynomial.polyval(1.0, fit["coefficients"]) == pytest.approx(plain["base"])
+    assert len(plain["check"]["axes"]) == 3 and plain["chosen"] and plain["points"][0]["name"] == "depth-3-0-0"
+
+
+def test_progress_says_how_long_it_takes(pruned):
+    said = [now for now in pruned[2] if now.total]
+    assert said[0].total == 7 and said[-1].done == 7 and said[-1].seconds_left == 0
+    assert all(now.seconds_left > 0 for now in said[2:-1])
+
+
+def test_a_stopped_run_goes_on_to_the_same_file(pruned, tmp_path):
+    options = replace(OPTIONS, checkpoint=tmp_path / "state")
+
+    def stop(now):
+        if now.done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        prune_scale(RESNET, tmp_path / "out.onnx", options, progress=stop)
+    assert len(list((tmp_path / "state").glob("*.onnx"))) == 3 and not (tmp_path / "out.onnx").exists()
+
+    def stop_training(now):
+        if now.step == 9:
+            raise Stop
+
+    short = replace(options, training=replace(options.training, checkpoint_every=4))
+    with pytest.raises(Stop):
+        prune_scale(RESNET, tmp_path / "out.onnx", short, steps=stop_training)
+    first = (tmp_path / "state" / "points.json").stat().st_mtime_ns
+    result = prune_scale(RESNET, tmp_path / "out.onnx", short)
+    assert (tmp_path / "state" / "points.json").stat().st_mtime_ns == first  # nothing was made again
+    assert result.training.resumed_from == 8
+    assert [p.figure for p in result.decision.points] == [p.figure for p in pruned[0].decision.points]
+    assert (tmp_path / "out.onnx").read_bytes() == (pruned[1] / "out.onnx").read_bytes()
+    with pytest.raises(RecipeError, match=r"are of another run: rounds was 2, now 3; --no-resume starts anew"):
+        prune_scale(RESNET, tmp_path / "out.onnx", replace(short, rounds=3))
+
+
+def test_processes_make_the_same_points(pruned, tmp_path):
+    found = prune_scale(RESNET, tmp_path / "out.onnx", replace(OPTIONS, axes=("depth",), jobs=2))
+    alone = [point.figure for point in pruned[0].decision.points if point.axis == "depth"]
+    assert [point.figure for point in found.decision.points] == alone
+    assert found.decision.off_axis_error is None  # there is one axis
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx"]
+
+
+def test_a_smaller_input_gives_the_same_as_a_resize_inside(tmp_path):
+    chosen = (0, 0, 1)
+    goal = Goal("macs", 0.9, True)
+    options = replace(OPTIONS, goal=goal, axes=("resolution",), training=replace(OPTIONS.training, epochs=0.5))
+    inside = prune_scale(RESNET, tmp_path / "inside.onnx", options, chosen=chosen)
+    outside = prune_scale(RESNET, tmp_path / "outside.onnx", replace(options, native=True), chosen=chosen)
+    assert outside.after == inside.after and outside.decision is None
+    graphs = [onnx.load(tmp_path / f"{name}.onnx").graph for name in ("inside", "outside")]
+    sizes = [[dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim[2:]] for graph in graphs]
+    assert sizes == [[8, 8], [inside.pixels[1]] * 2] and inside.pixels == (8, 7)
+    assert [sum(node.op_type == "Resize" for node in graph.node) for graph in graphs] == [1, 0]
+
+
+def test_without_labels_it_learns_from_the_original(tmp_path):
+    images = np.random.default_rng(0).uniform(size=(160, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", **{onnx.load(RESNET).graph.input[0].name: images})
+    options = replace(
+        OPTIONS,
+        data=str(tmp_path / "images.npz"),
+        val=str(tmp_path / "images.npz"),
+        axes=("depth", "width"),
+        depth_ranking="fits",
+        rounds=1,
+        training=TrainSettings(epochs=1, batch=32, device="cpu"),
+    )
+    result = prune_scale(RESNET, tmp_path / "out.onnx", options)
+    assert result.metric == "agreement" and result.learned_from == "the teacher's logits"
+    assert result.before == 1.0 and result.decision.base == 1.0 and result.pixels == (1, 1)
+    with pytest.raises(OnnxCompressError, match="probes need: take fits"):
+        prune_scale(RESNET, tmp_path / "out.onnx", replace(options, depth_ranking="probes"))
+
+
+def test_latency_is_measured_on_the_result(tmp_path):
+    options = replace(OPTIONS, goal=Goal("latency", 0.95, True), axes=("depth",), rounds=1)
+    result = prune_scale(RESNET, tmp_path / "out.onnx", options)
+    assert 1 / result.latency.high <= 0.95 and result.deleted
+    assert result.decision.limit == pytest.approx(0.95)
+
+
+def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
+    options = replace(OPTIONS, goal=Goal("macs", 0.1, True), axes=("depth",))
+    with pytest.raises(BudgetError, match=r"all that can go from depth, macs is 0\.\d+x, allowed 0\.100x"):
+        prune_scale(RESNET, tmp_path / "out.onnx", options)
+    assert BudgetError.exit_code == 1 and not (tmp_path / "out.onnx").exists()
+
+
+def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    flat = model(
+        "g (float[N,1,8,8] x) => (float[N,10] y) { a = Conv<pads=[1,1,1,1]>(x, w) b = Relu(a) f = Flatten(b) "
+        "y = Gemm(f, m) }",
+        w=rng.normal(size=(32, 1, 3, 3)).astype(np.float32),
+        m=rng.normal(size=(2048, 10)).astype(np.float32) / 50,
+    )
+    save(load(flat), tmp_path / "flat.onnx")
+    plan = plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, goal=Goal("macs", 0.8, True)))
+    assert plan.axes["depth"]["refusal"] == "none of 0 residual blocks can be deleted"
+    assert "Flatten" in plan.axes["resolution"]["refusal"] or "Gemm" in plan.axes["resolution"]["refusal"]
+    assert {point.axis for point in plan.points} == {"width"} and plan.mixed == 0
+    with pytest.raises(RecipeError, match="there is nothing to prune: none of 0 residual blocks"):
+        plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, axes=("depth",)))
+
+
+def test_a_plan_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_scale(RESNET, OPTIONS)
+    assert len(plan.points) == 6 and plan.mixed == 1 and plan.triples > 100
+    assert all(seconds > 0 for seconds in plan.seconds.values()) and set(plan.seconds) == {"points", "mixed", "train"}
+    assert not list(tmp_path.iterdir()) and json.dumps(plan.as_dict())
+
+
+def test_axes_are_read():
+    assert parse_axes("r, d") == ("depth", "resolution")
+    for text in ("", "x", "d,d"):
+        with pytest.raises(RecipeError, match="choose some of d"):
+            parse_axes(text)
+
+
+RUN = [str(RESNET), "-o", "out.onnx", "--data", "sklearn:digits:train", "--val", "sklearn:digits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([*RUN], "there is nothing to reach: give --macs 0.5x"),
+        ([*RUN, "--macs", "0.5x", "--latency", "0.5x"], "--macs and --latency are two goals"),
+        ([*RUN, "--macs", "2x"], "--macs '2x': expected 0.7x or 300M"),
+        ([*RUN, "--macs", "0.5x", "--axes", "d,h"], "axes 'd,h': choose some of d (depth)"),
+        ([*RUN, "--macs", "10M"], "is reached without pruning"),
+        ([*RUN, "--macs", "0.5x", "--only", "nothing*"], "'nothing*' is the name or kind of no residual block"),
+        ([*RUN, "--macs", "0.5x", "--batch", "1"], "BatchNormalization would see 1 sample at a time"),
+        ([*RUN, "--macs", "0.5x", "--report", "out.txt"], "must end in"),
+        ([*RUN, "--macs", "0.5x", "--dry-run", "--report", "out.md"], "--report is for a run"),
+        ([*RUN[:3], "--macs", "0.5x"], "give --data and --val"),
+        ([str(RESNET), "--macs", "0.5x"], "there is no output: give -o OUT"),
+        (["missing.onnx", *RUN[1:], "--macs", "0.5x"], "missing.onnx"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--rank-channels", "magnitude", "--rank-blocks", "probes", "--calibration", "64"]
+    result = CliRunner().invoke(cli, ["prune-scale", *arguments, *quick])
+    assert isinstance(result.exception, OnnxCompressError), result.output
+    assert text in str(result.exception) and "\n" not in str(result.exception)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = CliRunner().invoke(cli, ["prune-scale", *RUN, "--macs", "0.5x"])
+    assert "pip install onnxcompress[train]" in str(result.exception) and result.exception.exit_code == 2
+
+
+def test_the_command_writes_model_and_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wishes = ["--macs", "0.6x", "--axes", "d,w", "--rounds", "2", "--mixed", "1", "--round-epochs", "0.2"]
+    wishes += ["--epochs", "0.3", "--limit", "400", "--rank-channels", "magnitude", "--calibration", "64"]
+    result = CliRunner().invoke(cli, ["prune-scale", *RUN, *wishes, "--jobs", "1", "--report", "out.md", "--json"])
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.stdout)
+    assert found["figures_after"]["macs"] <= 0.6 * found["figures_before"]["macs"]
+    assert found["goal"] == "0.6x of the macs" and len(found["predictor"]["fits"]) == 2
+    text = (tmp_path / "out.md").read_text()
+    assert "chosen of" in text and "## Conditions of Karush, Kuhn and Tucker" in text and "| mixed-" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.md", "out.onnx"]
+
+
+def test_the_command_plans(tmp_path):
+    wishes = ["--macs", "0.5x", "--axes", "d", "--dry-run", "--rank-blocks", "probes"]
+    result = CliRunner().invoke(cli, ["prune-scale", str(RESNET), *RUN[3:], *wishes])
+    assert result.exit_code == 0, result.exception
+    assert "depth-2-0-0" in result.stdout and "nothing is written" in result.stdout
+    assert "points on the axes, 0 off them" in result.stdout
