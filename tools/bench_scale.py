@@ -327,8 +327,8 @@ def main() -> None:
 
         def write(arm: str, row: Row, *, bench: Bench = bench, seed: int = seed, done: dict[str, Row] = done) -> None:
             assert bench.options.goal is not None
-            row = {"model": model, "setting": key, "arm": arm, "seed": seed, "goal": bench.options.goal.text, **row}
-            row["settings"] = asdict(bench.options.training)
+            names = {"model": model, "setting": key, "arm": arm, "seed": seed, "goal": bench.options.goal.text}
+            row = {**names, "settings": asdict(bench.options.training), **row, "arm": arm}
             done[arm] = row
             with open(arguments.out, "a", encoding="utf-8") as out:
                 out.write(json.dumps(finite(row)) + "\n")

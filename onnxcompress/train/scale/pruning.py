@@ -298,11 +298,14 @@ class Job:
         everything = [*itertools.chain.from_iterable(measured.values()), *mixed]
         if not everything:
             return predictor
-        samples = len(self.given.judged.dataset)
-        # Of a share of samples; other figures say themselves how much chance there is in them.
-        chance = math.sqrt(max(base * (1 - base), 0.25 / samples) / samples) if 0 <= base <= 1 else 0.0
+        figures, samples = np.array([point.figure for point in everything]), len(self.given.judged.dataset)
+        chance = 0.0
+        if supervision.metric.higher_is_better and (figures >= 0).all() and (figures <= 1).all():
+            # Of a share of samples; other figures say themselves, by the fits, how much chance there is in them.
+            share = float(figures.mean())
+            chance = math.sqrt(max(share * (1 - share), 0.25 / samples) / samples)
         sizes, places = self.coordinates([point.levels for point in everything])
-        return corrected(predictor, sizes, places, np.array([p.figure for p in everything]), noise=chance)
+        return corrected(predictor, sizes, places, figures, noise=chance)
 
     def coordinates(self, triples: Sequence[Levels]) -> tuple[np.ndarray, np.ndarray]:
         """(n, 3) sizes and (n, 3) places of triples."""
