@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from onnxcompress.channels import elementwise_rules, linear_rules, moving_rules
+from onnxcompress.channels import (
+    axis_rules,
+    elementwise_rules,
+    linear_rules,
+    moving_rules,
+    normalization_rules,
+    size_rules,
+)
 from onnxcompress.channels.trace import Rule
 
 RULES: dict[str, Rule] = {
@@ -10,39 +17,39 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(elementwise_rules.BINARY, elementwise_rules.several),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), elementwise_rules.quantize),
     "Clip": elementwise_rules.clip,
-    "BatchNormalization": linear_rules.normalization,
+    "BatchNormalization": normalization_rules.normalization,
     "Conv": linear_rules.conv,
     "ConvTranspose": linear_rules.conv_transpose,
     "Gemm": linear_rules.gemm,
-    "GroupNormalization": linear_rules.group_normalization,
-    "InstanceNormalization": linear_rules.normalization,
-    "LayerNormalization": linear_rules.layer_normalization,
-    "RMSNormalization": linear_rules.layer_normalization,
-    "LpNormalization": linear_rules.lp_normalization,
+    "GroupNormalization": normalization_rules.group_normalization,
+    "InstanceNormalization": normalization_rules.normalization,
+    "LayerNormalization": normalization_rules.layer_normalization,
+    "RMSNormalization": normalization_rules.layer_normalization,
+    "LpNormalization": normalization_rules.lp_normalization,
     "MatMul": linear_rules.matmul,
-    "Hardmax": linear_rules.softmax,
-    "LogSoftmax": linear_rules.softmax,
-    "Softmax": linear_rules.softmax,
-    "ArgMax": moving_rules.arg_reduce,
-    "ArgMin": moving_rules.arg_reduce,
+    "Hardmax": normalization_rules.softmax,
+    "LogSoftmax": normalization_rules.softmax,
+    "Softmax": normalization_rules.softmax,
+    "ArgMax": axis_rules.arg_reduce,
+    "ArgMin": axis_rules.arg_reduce,
     "Concat": moving_rules.concat,
-    "DepthToSpace": moving_rules.depth_to_space,
+    "DepthToSpace": axis_rules.depth_to_space,
     "Expand": moving_rules.expand,
     "Flatten": moving_rules.flatten,
     "Gather": moving_rules.gather,
-    "Pad": moving_rules.pad,
+    "Pad": axis_rules.pad,
     "Reshape": moving_rules.reshape,
-    "Resize": moving_rules.resize,
-    "Shape": moving_rules.shape,
-    "Size": moving_rules.size,
+    "Resize": axis_rules.resize,
+    "Shape": size_rules.shape,
+    "Size": size_rules.size,
     "Slice": moving_rules.slice_,
-    "SpaceToDepth": moving_rules.space_to_depth,
+    "SpaceToDepth": axis_rules.space_to_depth,
     "Split": moving_rules.split,
     "Squeeze": moving_rules.squeeze,
     "Tile": moving_rules.tile,
     "Transpose": moving_rules.transpose,
     "Unsqueeze": moving_rules.squeeze,
-    "Upsample": moving_rules.resize,
+    "Upsample": axis_rules.resize,
     **dict.fromkeys(
         (
             "AveragePool",
@@ -52,7 +59,7 @@ RULES: dict[str, Rule] = {
             "LpPool",
             "MaxPool",
         ),
-        moving_rules.pool,
+        axis_rules.pool,
     ),
     **dict.fromkeys(
         (
@@ -67,6 +74,6 @@ RULES: dict[str, Rule] = {
             "ReduceSum",
             "ReduceSumSquare",
         ),
-        moving_rules.reduce,
+        axis_rules.reduce,
     ),
 }
