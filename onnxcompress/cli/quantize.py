@@ -73,8 +73,8 @@ class Parsed(click.ParamType[float]):
     type=click.Choice(["auto", "none"]),
     default="none",
     show_default=True,
-    help="auto stores the input channels of a layer in an order in which they quantize better, where that is worth the "
-    "bytes of the order.",
+    help="auto puts channels between layers in an order in which weights quantize better, which takes no bytes, and "
+    "stores those of a layer in an order of its own where that is worth its bytes.",
 )
 @click.option(
     "--tune",

@@ -37,7 +37,8 @@ class QuantizeOptions:
         val: Labelled samples for ``metric``.
         metric: See ``onnxcompress.validation.metrics``.
         method: "sweep" does everything, "em" stops after the codebooks, "kmeans" and "bgd" are baselines.
-        permute: "auto" stores the input channels of a layer in another order where that is worth its bytes.
+        permute: "auto" puts channels between layers in an order in which weights quantize better, and stores those of a
+            layer in an order of its own where that is worth its bytes; "none" leaves them.
         tune: "joint" tunes all codebooks together afterwards, "full" is the paper's recipe; both need torch.
         tune_steps: Of the joint part, 32 samples each; None is what takes about two minutes on one core.
         keep: Names of weights to leave as they are, with * and ?.

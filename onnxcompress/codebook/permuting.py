@@ -18,7 +18,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from onnxcompress.codebook.codebook import Statistics, order_shape, places_of
 from onnxcompress.codebook.objective import Objective
 
 ROUNDS = 100
-LEAST_GAIN = 1e-6  # of log det, for which another round is worth it
+REACH = 256  # channels among which the best swaps are looked for together
+LEAST_GAIN = 1e-5  # of log det, for which another round is worth it
 
 
 def is_permutable(length: int, kernel: int, block: int) -> bool:
@@ -58,7 +59,7 @@ def find_order(objective: Objective, block: int, kernel: int = 1) -> np.ndarray:
     total, value = _total(runs)
     for _ in range(ROUNDS):
         weights = np.linalg.inv(total).reshape(together, kernel, together, kernel)
-        tried = [run.improved(weights) for run in runs]
+        tried = [_Run(run.products, together, _swapped(run.costs(weights), run.blocks)) for run in runs]
         total, reached = _total(tried)
         if not reached < value - LEAST_GAIN:
             break
@@ -67,6 +68,93 @@ def find_order(objective: Objective, block: int, kernel: int = 1) -> np.ndarray:
     for run, of_run in zip(runs, places, strict=True):
         of_run[run.blocks.reshape(-1)] = np.arange(reach)
     return np.asarray(places.reshape(shape).astype(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A layer that reads channels, cut into blocks of some length.
+
+    Attributes:
+        products: (C, k, C, k) float64, sums over its outputs of products of weighted columns.
+        together: Channels m of a block, a power of two that divides C.
+        importance: How much its error counts.
+    """
+
+    products: np.ndarray
+    together: int
+    importance: float
+
+
+def weighted_products(weight: np.ndarray, sizes: np.ndarray, kernel: int) -> np.ndarray:
+    """(C, k, C, k) float64: of a layer's columns, each times its size.
+
+    Args:
+        weight: (outputs, C k).
+        sizes: (C k,) roots of the Hessian's diagonal.
+        kernel: k.
+    """
+    rows = weight.astype(np.float64) * sizes
+    shape = (rows.shape[1] // kernel, kernel)
+    return np.asarray((rows.T @ rows).reshape(*shape, *shape))
+
+
+def find_joint_order(readings: Sequence[Reading]) -> np.ndarray:
+    """Find one order of channels for all layers that read them, in blocks of several lengths.
+
+    Blocks of fewer channels lie within those of more: so the largest channels are spread over the blocks by the bits of
+    their place read backwards.
+
+    Args:
+        readings: At least one.
+
+    Returns:
+        (C,) intp: the channel that stands in each place.
+    """
+    widest = max(reading.together for reading in readings)
+    channels = len(readings[0].products)
+    energies = np.zeros(channels)
+    for reading in readings:
+        own = np.einsum("ctct->c", reading.products)
+        energies += reading.importance * np.log(np.maximum(own, 1e-12 * max(float(own.max()), 1e-30)))
+    parts = np.argsort(-energies, kind="stable").reshape(widest, -1)
+    bits = widest.bit_length() - 1
+    places = [int(f"{place:0{bits}b}"[::-1], 2) if bits else 0 for place in range(widest)]
+    blocks = parts[places].T
+    weights, value = _weights(readings, blocks)
+    for number in range(ROUNDS):
+        mixed = np.argsort(np.random.PCG64(number).random_raw(len(blocks)), kind="stable")
+        tried = blocks.copy()
+        for part in np.array_split(mixed, -(-channels // REACH)):
+            tried[part] = _swapped_for_all(readings, weights, blocks[part])
+        others, reached = _weights(readings, tried)
+        if not reached < value - LEAST_GAIN:
+            break
+        blocks, weights, value = tried, others, reached
+    return np.asarray(blocks.reshape(-1))
+
+
+def _weights(readings: Sequence[Reading], blocks: np.ndarray) -> tuple[list[np.ndarray], float]:
+    """Of each reading what an increase of its S costs, and the sum of all log det S, by importance and length."""
+    order = blocks.reshape(-1)
+    weights, value = [], 0.0
+    for one in readings:
+        kernel, together = one.products.shape[1], one.together
+        total, found = _total([_Run(one.products, together, order.reshape(-1, together))])
+        share = one.importance / len(total)
+        weights.append((np.linalg.inv(total) * share).reshape(together, kernel, together, kernel))
+        value += found * share
+    return weights, value
+
+
+def _swapped_for_all(readings: Sequence[Reading], weights: Sequence[np.ndarray], blocks: np.ndarray) -> np.ndarray:
+    """Some of the blocks, with the best swaps among them made."""
+    inside = blocks.reshape(-1)
+    own = np.arange(len(inside))
+    costs = np.zeros((len(inside), len(inside)))
+    for one, weight in zip(readings, weights, strict=True):
+        products = one.products[inside][:, :, inside]
+        costs += _Run(products, one.together, own.reshape(-1, one.together)).costs(weight)
+    return np.asarray(inside[_swapped(costs, own.reshape(blocks.shape))])
 
 
 def columns_of(order: np.ndarray, kernel: int) -> np.ndarray:
@@ -122,27 +210,7 @@ class _Run:
                 tiles[i, :, j] = self.products[first, :, second].sum(axis=0)
         return tiles.reshape(self.together * kernel, -1)
 
-    def improved(self, weights: np.ndarray) -> _Run:
-        """The best swaps under a linear function of S, no two in one block."""
-        count, together = self.blocks.shape
-        block, place = np.empty(self.blocks.size, np.intp), np.empty(self.blocks.size, np.intp)
-        block[self.blocks] = np.arange(count)[:, None]
-        place[self.blocks] = np.arange(together)
-        costs = self._costs(weights)
-        own = np.diagonal(costs)
-        change = costs + costs.T - own[:, None] - own
-        change[block[:, None] == block] = 0
-        other = change.argmin(axis=1)
-        least = change[np.arange(len(other)), other]
-        blocks, taken = self.blocks.copy(), np.zeros(count, bool)
-        for first in np.argsort(least, kind="stable"):
-            second = other[first]
-            if least[first] < 0 and not (taken[block[first]] or taken[block[second]]):
-                taken[block[[first, second]]] = True
-                blocks[block[first], place[first]], blocks[block[second], place[second]] = second, first
-        return _Run(self.products, together, blocks)
-
-    def _costs(self, weights: np.ndarray) -> np.ndarray:
+    def costs(self, weights: np.ndarray) -> np.ndarray:
         """(C, C): what the first channel costs in the place of the second, all other places as they are."""
         channels = len(self.products)
         count, together = self.blocks.shape
@@ -154,6 +222,30 @@ class _Run:
         costs = np.empty((channels, channels))
         costs[:, self.blocks] = found + alone[:, None, :]
         return costs
+
+
+def _swapped(costs: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Blocks with the best swaps made, no two in one block.
+
+    Args:
+        costs: (C, C): what the first channel costs in the place of the second, all other places as they are.
+        blocks: (C / m, m) intp, the channels of each block.
+    """
+    block, place = np.empty(blocks.size, np.intp), np.empty(blocks.size, np.intp)
+    block[blocks] = np.arange(len(blocks))[:, None]
+    place[blocks] = np.arange(blocks.shape[1])
+    own = np.diagonal(costs)
+    change = costs + costs.T - own[:, None] - own
+    change[block[:, None] == block] = 0
+    other = change.argmin(axis=1)
+    least = change[np.arange(len(other)), other]
+    found, taken = blocks.copy(), np.zeros(len(blocks), bool)
+    for first in np.argsort(least, kind="stable"):
+        second = other[first]
+        if least[first] < 0 and not (taken[block[first]] or taken[block[second]]):
+            taken[block[[first, second]]] = True
+            found[block[first], place[first]], found[block[second], place[second]] = second, first
+    return np.asarray(found)
 
 
 def _total(runs: Sequence[_Run]) -> tuple[np.ndarray, float]:

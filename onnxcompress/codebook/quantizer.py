@@ -67,6 +67,7 @@ logger = logging.getLogger(__name__)
 MENU_BATCHES = 12  # of the calibration samples, for the estimates
 MENU_ROWS_PER_INPUT = 4
 DAMAGE_SAMPLES = 8
+REORDERABLE_BYTES = 1 << 30  # all weights are in memory while channels are put in order
 TUNING_JUDGES = 8  # one in so many of the samples for tuning, up to MAX_JUDGES, decides what is kept
 MAX_JUDGES = 256
 
@@ -145,6 +146,7 @@ class _Job:
             self.report(Progress("reading samples"))
         self.samples = read_samples(self.proto, options)
         self.notes += self.samples.notes
+        self._reorder(stack)
         self.labelled = read_labelled(self.proto, options)
         self.metric = (options.metric or "top1") if options.val is not None else None
         self.judge = Judge(
@@ -184,6 +186,25 @@ class _Job:
         if prepared.note:
             self.notes.append(prepared.note)
         return prepared.path
+
+    def _reorder(self, stack: contextlib.ExitStack) -> None:
+        """Put channels in an order in which weights quantize better, where the graph computes the same."""
+        chosen = self.options
+        if chosen.permute == "none" or not chosen.optimizes or chosen.method not in ("sweep", "em"):
+            return
+        if self.base_bytes > REORDERABLE_BYTES:
+            return
+        from onnxcompress.channels.reordering import reorder  # which builds on codebooks itself
+
+        self.report(Progress("ordering channels"))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxcompress-")))
+        few = first_samples(self.samples.fit, DAMAGE_SAMPLES) if self.samples.fit else []
+        names = {layer.name for layer in self.layers}
+        found = reorder(self.base, folder, names, few, self.runtime, options=self.run_options)
+        if found is not None:
+            self.base, self.graph = found, load(found)
+            self.layers = [layer for layer in find_layers(self.graph)[0] if layer.name in names]
+            self.notes.append("channels between layers stand in an order in which their weights quantize better")
 
     def _choose(self, layers: list[Layer], refusals: list[Refusal]) -> tuple[list[Layer], list[Refusal]]:
         """The layers that the user lets us change."""
