@@ -162,11 +162,11 @@ class Attempts:
             different = interface_differences(self.proto, read_proto(found.path))
             if different:
                 raise EquivalenceError(f"the interface has changed: {different[0]}")
+            self.say(f"{found.step.verb}: measuring")
+            figures = self.meter.measure(found.path).as_dict()
         except OnnxCompressError as error:
             if isinstance(error, OutputError) or not (planned or error.exit_code == 1):
                 raise
             return {"failure": str(error), "summary": [], "repeat": {}, "seconds": time.monotonic() - started}
-        self.say(f"{found.step.verb}: measuring")
-        figures = self.meter.measure(found.path).as_dict()
         seconds = time.monotonic() - started
         return {"failure": "", "summary": done.summary, "repeat": done.repeat, "seconds": seconds, "figures": figures}

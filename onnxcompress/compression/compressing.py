@@ -28,7 +28,7 @@ from onnxcompress.compression.point import reached
 from onnxcompress.compression.recipe import Step, recipe_text
 from onnxcompress.compression.settings import Shared
 from onnxcompress.compression.steps import has_torch
-from onnxcompress.compression.strategy import Means, Script, Strategy
+from onnxcompress.compression.strategy import Means, Script, StepError, Strategy
 from onnxcompress.compression.wording import nearest_text
 from onnxcompress.errors import DataError, ModelError, RecipeError
 from onnxcompress.model_io import StagedFile, external_files, load, read_proto
@@ -185,7 +185,7 @@ class _Job:
         """Do it all; what was kept is of no use where the wishes have to change."""
         try:
             result = self._run()
-        except (DataError, ModelError, RecipeError):
+        except (DataError, ModelError, RecipeError, StepError):
             self.checkpoint.remove()
             raise
         self.checkpoint.remove()

@@ -25,6 +25,7 @@ JUDGING_SHARE, MOST_JUDGING = 0.25, 2000  # of --data where there is no --val
 DECIDING_SHARE, MOST_DECIDING = 0.2, 1024  # of the rest
 LEAST = 8  # samples of a part
 FITTING_BYTES = 512 << 20
+JUDGING_BYTES = 1 << 30  # they are all in memory
 BATCH = 32
 
 
@@ -72,7 +73,12 @@ def read_parts(
     specs = input_specs(proto) if data != "none" or val is not None else []
     parts = Parts()
     if val is not None:
-        parts.judging = load_data(val, inputs=specs, preprocess=preprocess, seed=seed)
+        found = load_data(val, inputs=specs, preprocess=preprocess, seed=seed)
+        most = max(LEAST, JUDGING_BYTES // _bytes(found))
+        if len(found) > most:
+            parts.notes.append(f"{most} of {len(found)} samples of {val} judge: {JUDGING_BYTES >> 20} MiB")
+            found = load_data(val, inputs=specs, limit=most, preprocess=preprocess, seed=seed)
+        parts.judging = found
     if data != "none":
         given = load_data(data, inputs=specs, limit=limit, preprocess=preprocess, seed=seed)
         _part(parts, given, seed)
@@ -101,13 +107,17 @@ def _part(parts: Parts, given: Dataset, seed: int) -> None:
     if parts.judging is None:
         parts.judging = _rows(given, take(JUDGING_SHARE, MOST_JUDGING))
     deciding = take(DECIDING_SHARE, MOST_DECIDING)
-    each = sum(np.asarray(array).nbytes for array in given.samples[order[0]].values())
-    most = max(LEAST, FITTING_BYTES // max(each, 1)) // unit * unit
+    most = max(LEAST, FITTING_BYTES // _bytes(given)) // unit * unit
     fitting = sorted(order[: len(order) // unit * unit][:most])
     if len(fitting) < len(order) // unit * unit:
         parts.notes.append(f"{len(fitting)} of {len(order)} samples are used to fit with: {FITTING_BYTES >> 20} MiB")
     parts.fitted, parts.labelled = len(fitting), given.labels is not None
     parts._files = {"fitting": (given, fitting), "deciding": (given, deciding)}
+
+
+def _bytes(dataset: Dataset) -> int:
+    """Of the first sample."""
+    return max(1, sum(np.asarray(array).nbytes for array in dataset.samples[0].values()))
 
 
 def _rows(dataset: Dataset, rows: Sequence[int]) -> Dataset:

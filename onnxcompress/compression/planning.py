@@ -104,18 +104,22 @@ class _Planner:
         self.notes: list[str] = []
 
     def steps(self) -> list[Planned]:
-        found, before, after = self._exact()
+        found, before, after, latency = self._exact()
         for limit in (self.goal.macs, self.goal.latency):
             if limit is not None:
                 if limit.key == "macs" and after.macs <= limit.allowed(before.macs):
                     continue
-                found += self._speed(limit)
+                if limit.key == "macs":
+                    start = after.macs / max(before.macs, 1)
+                else:
+                    start = 1.0 if latency is None else min(1.0, 1 / latency.ratio)
+                found += self._speed(limit, start)
         size = self.goal.size
         if size is not None and after.size_bytes > size.allowed(before.size_bytes):
             found += self._size(int(size.allowed(before.size_bytes)))
         return found
 
-    def _exact(self) -> tuple[list[Planned], Any, Any]:
+    def _exact(self) -> tuple[list[Planned], Any, Any, Any]:
         from onnxcompress.optimizer import optimize
 
         step = self._step("optimize", {})
@@ -129,14 +133,15 @@ class _Planner:
         )
         if done.latency is not None:
             expected += f", {1 / done.latency.ratio:.2f}x latency"
-        return [Planned(step, "first", "exact rewrites lose nothing", expected)], done.before, done.after
+        return [Planned(step, "first", "exact rewrites lose nothing", expected)], done.before, done.after, done.latency
 
-    def _speed(self, limit: Limit) -> list[Planned]:
+    def _speed(self, limit: Limit, start: float) -> list[Planned]:
+        """Fewer MACs or less time; ``start`` is what exact rewrites leave."""
         if not self.means.data:
             self.notes.append(f"{limit.key}={limit.text} is left to exact rewrites: pruning needs samples (--data)")
             return []
         wish: dict[str, Any] = {limit.key: f"{limit.amount:g}x" if limit.relative else limit.text}
-        halfway: dict[str, Any] = {limit.key: f"{math.sqrt(limit.amount):.3g}x"} if limit.relative else wish
+        halfway: dict[str, Any] = {limit.key: f"{math.sqrt(limit.amount * start):.3g}x"} if limit.relative else wish
         found = []
         when = f"if {limit.key} is above {limit.text} then"
         if self.means.torch:

@@ -18,7 +18,7 @@ from onnxcompress.compression.point import Point, allowed_share, reached
 from onnxcompress.compression.recipe import Step
 from onnxcompress.compression.settings import GOALS
 from onnxcompress.compression.wording import drop_text, goal_figure
-from onnxcompress.errors import RecipeError
+from onnxcompress.errors import OnnxCompressError, RecipeError
 
 FITS_ALONE = "supernet,search"
 TRAINED = "supernet,search,train"
@@ -113,8 +113,9 @@ class Strategy:
         ways = self._ways(limit)
         best = self._best([way(limit, share, base, "fits alone") for way in ways], limit)
         if best is None and len(ways) > 1:
-            # Half of the way by each.
-            half = self._depth(limit, math.sqrt(share), base, "half of the way by blocks, the rest by channels")
+            # Half of the way by each, from where exact rewrites end.
+            start = min(1.0, self._figure(limit, current) / self._figure(limit, base))
+            half = self._depth(limit, math.sqrt(share * start), base, "half of the way, the rest by channels")
             if half.point is not None and self._within(half):
                 rest = self._share(limit, half)
                 best = self._best([half if rest >= 1 else self._width(limit, rest, half, "the other half")], limit)
@@ -310,6 +311,12 @@ class Strategy:
         return {"latency": f"{share:.4f}x"}
 
 
+class StepError(OnnxCompressError):
+    """A step that was written down cannot be done, and there is no goal that could be reached without it."""
+
+    exit_code = 1
+
+
 class Script:
     """Does the steps that a user wrote, in their order; those that cost more than they bring are backed out.
 
@@ -331,6 +338,8 @@ class Script:
                 break
             filled = self._with_goal(step, current, number)
             found = self.attempts.attempt(filled, current, f"step {number} of the recipe", planned=False)
+            if found.point is None and self.goal is None:
+                raise StepError(f"step {number}, {filled.text}: {found.failure}")
             if found.point is None:
                 continue
             drop = None if self.goal is None else self.goal.drop

@@ -12,6 +12,7 @@ import pytest
 
 from onnxcompress.codebook.resuming import Checkpoint
 from onnxcompress.compression import attempts, steps
+from onnxcompress.compression import parts as parts_module
 from onnxcompress.compression.attempts import Attempts
 from onnxcompress.compression.parts import read_parts
 from onnxcompress.compression.point import Point
@@ -160,6 +161,16 @@ def test_samples_of_their_own_leave_more_to_fit_with(tmp_path):
     np.savez(tmp_path / "v.npz", x=np.zeros((10, 4), np.float32))
     found = read_parts(network(), str(tmp_path / "d.npz"), str(tmp_path / "v.npz"), limit=None, preprocess=None, seed=0)
     assert found.fitted == 80 and not found.labelled and found.judging is not None and len(found.judging) == 10
+
+
+def test_more_than_fits_into_memory_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "FITTING_BYTES", 16 * 50)
+    monkeypatch.setattr(parts_module, "JUDGING_BYTES", 16 * 20)
+    np.savez(tmp_path / "d.npz", x=np.ones((100, 4), np.float32))
+    path = str(tmp_path / "d.npz")
+    found = read_parts(network(), path, path, limit=None, preprocess=None, seed=0)
+    assert found.fitted == 50 and found.judging is not None and len(found.judging) == 20
+    assert "20 of 100 samples" in found.notes[0] and "50 of 80 samples" in found.notes[1]
 
 
 def test_too_few_samples_are_refused(tmp_path):

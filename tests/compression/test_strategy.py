@@ -11,7 +11,7 @@ from onnxcompress.compression.attempts import Attempt
 from onnxcompress.compression.goal import parse_goal
 from onnxcompress.compression.point import Point
 from onnxcompress.compression.recipe import Step
-from onnxcompress.compression.strategy import FITS_ALONE, TRAINED, Means, Script, Strategy
+from onnxcompress.compression.strategy import FITS_ALONE, TRAINED, Means, Script, StepError, Strategy
 from onnxcompress.errors import RecipeError
 from onnxcompress.measure import LatencyFigures
 
@@ -232,6 +232,13 @@ def test_a_script_ends_where_its_goal_is_reached_and_runs_to_its_end_without_one
     steps = [Step("optimize"), Step("quantize", {"size": "300"})]
     assert script("size=1.1x", steps, network())[1].verbs == ["optimize"]
     assert script(None, steps, network())[1].verbs == ["optimize", "quantize"]
+
+
+def test_a_step_that_fails_ends_a_script_without_a_goal():
+    steps = [Step("prune-width", {"macs": "1"}), Step("optimize")]
+    with pytest.raises(StepError, match="step 1, prune-width macs=1: out of reach"):
+        script(None, steps, network(width=None))
+    assert script("size=1.1x", steps, network(width=None))[1].verbs == ["prune-width", "optimize"]
 
 
 def test_a_step_that_nothing_tells_how_far_is_refused():
