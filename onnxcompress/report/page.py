@@ -162,9 +162,10 @@ class Lines:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands as a shell reads them."""
+    """Commands as a shell reads them, or another text that is set line by line."""
 
     lines: Sequence[str]
+    is_shell: bool = True
     kind: str = field(default="code", init=False)
 
 

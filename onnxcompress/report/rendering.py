@@ -97,7 +97,8 @@ def _page_lines(page: Page) -> Iterator[str]:
 
 def _block_lines(block: Block) -> Iterator[str]:
     if isinstance(block, Code):
-        yield from ("```console", *(" ".join(line.split()) for line in block.lines), "```")
+        lines = (" ".join(line.split()) if block.is_shell else line.replace("`", "'") for line in block.lines)
+        yield from ("```console" if block.is_shell else "```", *lines, "```")
         return
     if not isinstance(block, Row) and block.title:
         yield f"### {_cell(block.title)}\n"

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import tomllib
+except ImportError:
+    import tomli as tomllib
+
 from onnxcompress.errors import OutputError, RecipeError
 from onnxcompress.report import check_suffix, write_as
 from onnxcompress.report.page import Axis, Bar, Bars, Content, Plot, Point, Series, Table, code, number, text
@@ -17,6 +22,7 @@ from onnxcompress.report.pages.sections import metric_name
 from onnxcompress.report.plots import draw, nice_step
 from onnxcompress.report.rendering import to_html, to_markdown
 
+ROOT = Path(__file__).parents[2]
 RUNS = Path(__file__).with_name("runs")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\"'`|{{ 7 * 7 }}"
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -156,6 +162,14 @@ def test_markdown_holds_the_same_tables(verb):
             assert any(line.startswith("|") and line.count("|") == len(row) + 1 for line in lines)
 
 
+def test_the_templates_are_shipped():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["onnxcompress.report"]
+    package = ROOT / "onnxcompress/report"
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others and others == {path for pattern in patterns for path in package.glob(pattern)}
+
+
 def test_several_models_are_one_page():
     one = run_of("optimize")
     reader = read(to_html([build(one, "optimize"), build({**one, "input": "other.onnx"}, "optimize")]))
@@ -242,3 +256,48 @@ def test_columns_of_numbers_are_told_from_words():
     table = Table(("a", "b", "c"), [[code("x"), number(1), text("")], [code("y"), text("kept"), text("")]])
     assert table.numeric == [False, True, False]
     assert number(float("inf")).text == "not finite" and number(None).text == ""
+
+
+# -- runs of other kinds ---------------------------------------------------------------------------------------------
+
+
+def changed(verb, **values):
+    return {**run_of(verb), **values}
+
+
+FAILED = {"failure": "node 'c' (Conv): no such operator", "outputs": [], "equivalent": False, "feeds": 0}
+VARIANTS = {
+    "a plan": ("quantize", {"quality": None, "output": None}, "nothing was written"),
+    "nothing to quantize": ("quantize", {"unchanged": True, "layers": []}, "the result is a copy"),
+    "a list of groups": ("prune-width", {"output": None, "macs": [9, 9], "quality": None, "fits": []}, "nothing was"),
+    "by latency": ("prune-width", {"latency": run_of("prune-depth")["latency"]}, "as fast"),
+    "nothing to improve": ("optimize", {"unchanged": True, "passes": [], "latency": None}, "nothing to improve"),
+    "not checked": ("optimize", {"equivalence": None, "quality": {}}, "Not checked"),
+    "statistics alone": ("finetune", {"training": None, "metric": None, "before": None, "after": None}, "Written to"),
+    "blocks by name": ("prune-depth", {"found": None, "fits": [], "training": None, "goal": ""}, "were pruned"),
+    "a failed model": ("validate", {"equivalence": {**FAILED, "summary": "x"}, "metric": None}, "no such operator"),
+    "another interface": ("validate", {"interface": ["output 'z' is gone"]}, "cannot stand in"),
+    "a given triple": ("prune-scale", {"predictor": None}, "together"),
+    "no way to the goal": ("compress", {"goal_met": False, "output": None}, "not reached"),
+    "nothing known of the run": ("bench", {"run": None, "environment": None}, "as fast"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_runs_of_other_kinds_have_a_page(name):
+    verb, values, said = VARIANTS[name]
+    page = build(changed(verb, **values), verb)
+    assert said in read(to_html([page])).words and to_markdown([page])
+
+
+def test_one_model_alone_can_be_timed():
+    content = run_of("bench")
+    words = read(to_html([build({**content, "models": content["models"][:1]}, "bench")])).words
+    assert "One run takes" in words
+
+
+def test_figures_that_are_no_numbers_are_said():
+    content = run_of("quantize")
+    content["layers"][0] |= {"error": float("nan"), "bits_per_weight": float("inf")}
+    reader = read(to_html([build(content, "quantize")]))
+    assert "not finite" in reader.words and "nan" not in reader.words.split() and "inf" not in reader.words.split()

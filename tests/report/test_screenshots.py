@@ -132,7 +132,7 @@ def lengthened(value):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("window", WIDTHS)
 def test_nothing_is_wider_than_the_window_and_nothing_is_fetched(browser, pages, tmp_path, window, scheme):
-    assert len(pages) == 21
+    assert len(pages) == 2 * len(list(RUNS.glob("*.json"))) + 1
     backgrounds = set()
     for page in pages:
         browser.open(page, WIDTHS[window], scheme)
@@ -145,6 +145,8 @@ def test_nothing_is_wider_than_the_window_and_nothing_is_fetched(browser, pages,
         complaints = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
         assert not complaints, complaints[:1]
         backgrounds.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+        if page.stem.endswith("-long"):
+            continue
         browser.screenshot(tmp_path / f"{page.stem}.png")
         assert (tmp_path / f"{page.stem}.png").stat().st_size > 20_000
     (background,) = backgrounds

@@ -10,6 +10,7 @@ from onnxcompress.report.page import Content, Page
 
 VERBS = (
     "bench",
+    "compress",
     "export",
     "finetune",
     "inspect",

@@ -165,9 +165,12 @@ def _fits(found: Mapping[str, Any], metric: str) -> Section:
         series = [Series("fit", curve, "curve"), Series("measured", measured)]
         axis = Axis(f"share of {fit['axis']} left", "share")
         plots.append(Plot(f"{fit['axis'].capitalize()} alone", axis, metric_axis(metric), series))
+        tried = ", ".join(
+            f"{name}: {'no figure' if error is None else f'{error:.2g}'}" for name, error in fit["candidates"].items()
+        )
         error = number(fit["loo_error"], ".2g")
-        rows.append([text(fit["axis"]), number(len(sizes)), number(fit["degree"]), error])
-    header = ("axis", "points", "degree", "leave-one-out error")
+        rows.append([text(fit["axis"]), number(len(sizes)), number(fit["degree"]), error, text(tried)])
+    header = ("axis", "points", "degree", "leave-one-out error", "errors of the degrees that were tried")
     return Section(
         "Predictor",
         [Row(plots), Table(header, rows)],

@@ -143,6 +143,13 @@ def channel_sections(groups: Sequence[Mapping[str, Any]]) -> list[Section]:
             Bars("Channels of each group", bars, shown, ("before", "kept")),
             Table(("group", "channels", "kept", "share kept", "width"), rows, "All groups"),
         ]
+        near = [
+            f"{g['name']}: {g['approximate']}"
+            for g in open_groups
+            if g.get("approximate") and g["kept"] < g["channels"]
+        ]
+        if near:
+            blocks.append(Lines(near, "Without their channels these count otherwise than with zeros"))
         note = "Channels of a group go together; width is how many elements of a tensor's axis one of them takes."
         sections.append(Section("Channels", blocks, note))
     if frozen:
