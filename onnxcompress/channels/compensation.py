@@ -7,7 +7,9 @@ it, is least once the others have made up for it, as in Hassibi & Stork 1993 (Op
 output error in the place of the loss. A layer's error counts as much as it moves the outputs of the network.
 
 The weights are then fitted in execution order, each to the original's outputs on the input that the pruned network
-gives it, so that later layers make up for what earlier ones lost.
+gives it, so that later layers make up for what earlier ones lost. A LayerNormalization over channels sees zeros while
+weights are fitted, and in the pruned graph the channels that stay (``normalization_rules``): deit_mini on Fashion-MNIST
+(92.6 %), an eighth of its stream removed and fitted, gives 92.2 % with zeros and 92.0 % as it is.
 """
 
 from __future__ import annotations
