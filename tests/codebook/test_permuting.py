@@ -231,8 +231,8 @@ def net():
     return model(NET, opset=17, ir_version=8, **weights, W5=rand(12, 320), b5=rand(12))
 
 
-def encoded_net():
-    graph = graph_of(net())
+def encoded_net(proto=None):
+    graph = graph_of(proto or net())
     layers, refusals = find_layers(graph)
     assert not refusals
     for layer in layers:
@@ -261,7 +261,7 @@ def test_decoded_together_it_is_the_same():
     onnx.checker.check_model(after, full_check=True)
     assert len(graph.nodes) < nodes
     for actual, wanted in zip(run(after, feeds), expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-3 * np.abs(wanted).max())  # factors of 256 levels
+        np.testing.assert_array_equal(actual, wanted)
     stored = len(decoding_nodes(graph))
     first = optimize(after, measure_latency=False)
     assert len(decoding_nodes(load(first.model))) == stored and first.passes.rewrites == 0
@@ -298,3 +298,25 @@ def test_hollow_form_has_its_bytes():
     ((layer,), _) = find_layers(graph_of(built("conv")))
     quantized = form_of(layer, CHOICES["int8"])
     assert hollow(layer, quantized.choice).size_bytes() == quantized.size_bytes()
+
+
+def test_the_twin_decodes_it_and_tunes_its_codewords(tmp_path):
+    torch = pytest.importorskip("torch")
+    from onnxcompress.train.codebook_finetune import TuneSettings, tune
+    from onnxcompress.train.torch_graph import TorchGraph
+
+    proto = net()
+    (tmp_path / "float.onnx").write_bytes(proto.SerializeToString())
+    graph = encoded_net(proto)
+    feeds = [{"x": rand(4, 16, 6, 6)} for _ in range(3)]
+    (expected,) = run(to_proto(graph), feeds[0])
+    (found,) = TorchGraph(graph)({"x": torch.from_numpy(feeds[0]["x"])}).values()
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=3e-6 * np.abs(expected).max())  # 2.9e-7
+    orders = [one.order.values.copy() for one in find_codebooks(graph)]
+    settings = TuneSettings(steps=8, batch=4)
+    done = tune(graph, feeds[:2], feeds[2:], reference_model=tmp_path / "float.onnx", settings=settings)
+    assert done.after < done.before and done.changed
+    tuned = find_codebooks(graph)
+    assert {str(one.codebook.name) for one in tuned} <= set(done.changed)
+    for one, order in zip(tuned, orders, strict=True):
+        np.testing.assert_array_equal(one.order.values, order)
