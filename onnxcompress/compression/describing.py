@@ -10,16 +10,18 @@ from onnxcompress.compression.planning import Plan
 from onnxcompress.compression.point import Point
 from onnxcompress.compression.wording import bytes_and_ratio, drop_text, error_text, latency_text
 
-ATTEMPT_HEADER = ("", "step", "on", "bytes", "MACs", "latency", "drop", "s", "")
+ATTEMPT_HEADER = ("step", "on", "bytes", "MACs", "latency", "drop", "s", "")
 
 
 def attempt_rows(result: CompressResult) -> list[list[str]]:
     """The original and everything that was tried."""
-    rows = [["0", "original", "", *_figures(result.original, result.original), "", ""]]
+    rows = [["0 original", "", *_figures(result.original, result.original), "", ""]]
     for attempt in result.attempts:
         figures = ["", "", "", ""] if attempt.point is None else _figures(attempt.point, result.original)
         on = "" if attempt.base is None else str(attempt.base.number)
-        rows.append([str(attempt.number), attempt.step.text, on, *figures, f"{attempt.seconds:.0f}", _verdict(attempt)])
+        rows.append(
+            [f"{attempt.number} {attempt.step.text}", on, *figures, f"{attempt.seconds:.0f}", _verdict(attempt)]
+        )
     return rows
 
 

@@ -279,9 +279,7 @@ class Strategy:
         best = min(kept, key=lambda attempt: attempt.found.loss, default=None)
         for attempt in kept:
             if best is not None and attempt is not best:
-                attempt.verdict = (
-                    f"{drop_text(attempt.found)}, step {best.number}'s by {drop_text(best.found, bare=True)}"
-                )
+                attempt.verdict = _worse(attempt, best)
         return best
 
     def _meets(self, attempt: Attempt, limit: Limit) -> bool:
@@ -309,6 +307,13 @@ class Strategy:
         if limit.key == "macs":
             return {"macs": str(int(share * base.found.macs + 1e-6))}
         return {"latency": f"{share:.4f}x"}
+
+
+def _worse(attempt: Attempt, best: Attempt) -> str:
+    drop = drop_text(best.found, bare=True)
+    if drop == drop_text(attempt.found, bare=True):
+        return f"{drop_text(attempt.found)} as by step {best.number}, whose outputs are nearer"
+    return f"{drop_text(attempt.found)}, step {best.number}'s by {drop}"
 
 
 class StepError(OnnxCompressError):
