@@ -151,7 +151,9 @@ def test_damage_beyond_a_bend_grows_as_it_was_measured():
     menu = Menu("A", [], sensitivity=0.5, bend=(0.04, 2.0))
     assert [menu.damage(squared) for squared in (0.01, 0.04, 0.08, 0.4)] == pytest.approx([0.005, 0.02, 0.08, 2.0])
     assert menu.damage(0.9) == MAX_DAMAGE
-    assert menu.item(Choice(9, 16), 400, 0.08).damage == pytest.approx(0.08)
+    menu.items = [menu.item(Choice(9, 16), 400, 0.08)]
+    assert menu.items[0].damage == pytest.approx(0.08)
+    assert menu.straight().items[0].damage == pytest.approx(0.04) and menu.straight().bend is None
 
 
 @pytest.mark.parametrize(
