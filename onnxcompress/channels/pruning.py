@@ -260,8 +260,13 @@ class _Job:
                 raise RecipeError(f"{pattern!r} names no channel group of {self.path}; --list-groups shows them")
         allowed = {g.name for g in free if not any(_named(g, pattern) for pattern in self.options.skip)}
         if self.options.only:
-            allowed &= {g.name for g in free if any(_named(g, pattern) for pattern in self.options.only)}
-        return allowed
+            return allowed & {g.name for g in free if any(_named(g, pattern) for pattern in self.options.only)}
+        # Rankings see one layer at a time, and little of what a stream under LayerNormalizations is to all of them.
+        near = {g.name: g.approximate for g in free if g.approximate and g.name not in (self.importance or {})}
+        if near:
+            name, why = next(iter(near.items()))
+            self.notes.append(f"{len(near)} groups stay that only --only prunes, {name} among them: {why}")
+        return allowed - near.keys()
 
     def _rankings(
         self,

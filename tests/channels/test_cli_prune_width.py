@@ -159,3 +159,22 @@ def test_goals():
     for kind, text in (("macs", "0x"), ("macs", "nan"), ("latency", "3.5"), ("macs", "-1")):
         with pytest.raises(RecipeError):
             parse_goal(kind, text)
+
+
+def test_a_stream_under_layer_normalization_is_pruned_only_where_it_is_named(tmp_path):
+    text = """
+      g (float[N,6,8] x) => (float[N,6,4] y) {
+        a = MatMul(x, w1) n = LayerNormalization(a, s, b) h = MatMul(n, w2) r = Relu(h) i = MatMul(r, w3) o = Add(a, i)
+        m = LayerNormalization(o, s, b) y = MatMul(m, w4)
+      }
+    """
+    sizes = {"w1": normal(8, 16), "w2": normal(16, 64), "w3": normal(64, 16), "w4": normal(16, 4)}
+    ones = {"s": np.ones(16, np.float32), "b": np.zeros(16, np.float32)}
+    onnx.save(model(text, **sizes, **ones), tmp_path / "m.onnx")
+    goal = {"goal": parse_goal("macs", "0.7x"), "round_to": 4}
+    found = prune_width(tmp_path / "m.onnx", None, WidthOptions(**goal))
+    assert [(row.name, row.kept < row.channels) for row in found.groups[:2]] == [("a", False), ("h", True)]
+    assert any("1 groups stay that only --only prunes, a among them" in note for note in found.notes)
+    named = prune_width(tmp_path / "m.onnx", None, WidthOptions(only=("a",), **goal))
+    assert [(row.name, row.kept < row.channels) for row in named.groups[:2]] == [("a", True), ("h", False)]
+    assert any("counts otherwise than with zeros" in note for note in named.notes)
