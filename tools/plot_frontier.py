@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 OURS = "ours"
 FLOOR = 1e-3  # errors below it are drawn at it
@@ -87,6 +88,8 @@ def draw(axes: Axes, title: str, original_bytes: int, points: Sequence[Point], m
         axes.axvline(original_bytes / ratio / 1e6, color="0.93", zorder=-1)
         axes.annotate(f"{ratio}x", (original_bytes / ratio / 1e6, 1), xycoords=("data", "axes fraction"), fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="file, MB", ylabel=measure)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title(title, pad=14)
     axes.legend(fontsize=7)
 
