@@ -101,6 +101,9 @@ def width_ladder(
 ) -> tuple[dict[str, list[int]], list[dict[str, int]], list[float]]:
     """Orders, levels and sizes of the width axis.
 
+    Groups that count otherwise than with zeros stay: rankings see one layer at a time, and little of what a stream under
+    LayerNormalizations is to all of them. deit_mini on digits at 0.5x falls from 97 to 70 % with its stream pruned.
+
     Args:
         channels: Of the prepared graph.
         rankings: Of the groups that may be pruned.
@@ -111,7 +114,7 @@ def width_ladder(
         As in ``Ladders``; one level where there is nothing to remove.
     """
     model = MacsModel(channels)
-    groups = [group for group in channels.groups if not group.frozen and group.name in rankings]
+    groups = [g for g in channels.groups if not g.frozen and not g.approximate and g.name in rankings]
     counts = {group.name: limits.counts(group) for group in groups}
     place = dict.fromkeys(counts, 0)
     gone = np.zeros(channels.count + 1, bool)

@@ -195,8 +195,8 @@ class Job:
             if len(widths) > 1:
                 ladders = replace(ladders, orders=orders, widths=tuple(widths), width_sizes=tuple(sizes))
             else:
-                frozen = [group.frozen for group in channels.groups if group.frozen]
-                why = frozen[0] if frozen else "there is none"
+                kept = [group.frozen or group.approximate for group in channels.groups]
+                why = next(filter(None, kept), "there is none")
                 refusals["width"] = f"no channel group can be pruned: {why}"
         if "resolution" in options.axes:
             self.say("scaling the resolution")

@@ -81,6 +81,14 @@ def test_channels_that_go_in_two_steps_are_those_that_go_in_one(resnet):
     assert to_proto(at_once).SerializeToString() == to_proto(in_two).SerializeToString()
 
 
+def test_streams_under_layer_normalization_stay():
+    graph, ladders = made("deit_mini")
+    channels = find_channels(graph)
+    near = {group.name for group in channels.groups if group.approximate}
+    assert near and not near & set(ladders.orders)
+    assert all(not near & set(taken) for taken in ladders.widths)
+
+
 def test_ladders_are_the_same_after_a_file(resnet):
     _, ladders = resnet
     assert Ladders.from_dict(json.loads(json.dumps(ladders.as_dict()))) == ladders
