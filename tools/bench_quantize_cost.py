@@ -2,7 +2,7 @@
 
     python tools/bench_quantize_cost.py --data PHOTOS --ratio 19x
 
-ResNet-50 with random weights, 1,000 classes, 224 x 224, its channels times 1/2, 3/4 and 1. Seconds and memory are of
+ResNet-50 with random weights, 1,000 classes, 224 x 224, its channels times 1/2, 7/10 and 1. Seconds and memory are of
 the whole command with all its processes. Cost is linear where the last column is the same in all rows.
 """
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="photographs")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--ratio", default="19x")
-    parser.add_argument("--width", nargs="+", type=float, default=[0.5, 0.75, 1.0])
+    parser.add_argument("--width", nargs="+", type=float, default=[0.5, 0.7, 1.0])
     parser.add_argument("--jobs", type=int)
     wishes = parser.parse_args(arguments)
     print("| weights | file | s | of CPU | peak | s for a million weights |\n|--:|--:|--:|--:|--:|--:|", flush=True)
