@@ -213,6 +213,7 @@ class Planner:
         if budget_bytes <= SMALL_FILE_BYTES and any(menu.bend for menu in self.menus):
             menus = [menu.straight() for menu in self.menus]
             other = Planner(self.path, self.original_bytes, self.layers, menus, self.name, self.graph_bytes)
+            other._sizes = self._sizes  # of a file with these forms, whatever they are expected to cost
             plans += other._with_and_without_sharing(budget_bytes)
         different: dict[str, Plan] = {}
         for plan in plans:
