@@ -221,8 +221,9 @@ class _Job:
             ),
             "metric": supervision.metric.name,
         }
-        ranked = {**identity, "ranking": options.ranking if options.shortlists else None}
-        cache = ScoreCache(self.given.folder / "scores.json", ranked, resume=options.resume)
+        # Searches with and without a shortlist judge by other samples, and may share a folder.
+        name, ranked = ("ranks.json", {"ranking": options.ranking}) if options.shortlists else ("scores.json", {})
+        cache = ScoreCache(self.given.folder / name, identity | ranked, resume=options.resume)
         fitted: Evaluate | None = None
         if options.shortlists:
             whole = ScoreCache(self.given.folder / "fits.json", identity, resume=options.resume)
@@ -491,7 +492,7 @@ class _Job:
     def _remove_state(self) -> None:
         for name in ("supernet", "train"):
             Checkpoint(self.given.folder / name, {}).remove()
-        for name in ("plan.json", "scores.json", "fits.json"):
+        for name in ("plan.json", "scores.json", "ranks.json", "fits.json"):
             (self.given.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else lies there
             self.given.folder.rmdir()

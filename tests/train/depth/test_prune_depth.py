@@ -124,14 +124,23 @@ def test_a_stopped_run_ends_with_the_same_file(pruned, tmp_path):
     with pytest.raises(Stop):
         prune_depth(DEIT, tmp_path / "out.onnx", options, progress=stop_at(22, 36))
     assert not (tmp_path / "out.onnx").exists()
-    scores = (tmp_path / "state" / "scores.json").stat().st_mtime_ns
+    scores = (tmp_path / "state" / "ranks.json").stat().st_mtime_ns
     result = prune_depth(DEIT, tmp_path / "out.onnx", options)
     assert result.training.resumed_from == 20 and result.supernet is None
-    assert (tmp_path / "state" / "scores.json").stat().st_mtime_ns == scores  # nothing was scored again
+    assert (tmp_path / "state" / "ranks.json").stat().st_mtime_ns == scores  # nothing was scored again
     assert result.pruned == pruned[0].pruned and result.found.scores == pruned[0].found.scores
     assert (tmp_path / "out.onnx").read_bytes() == (pruned[1] / "out.onnx").read_bytes()
     with pytest.raises(RecipeError, match=r"is of another run: .*; --no-resume starts anew"):
         prune_depth(DEIT, tmp_path / "out.onnx", replace(options, skip=("blocks.0*",)))
+
+
+def test_searches_share_a_folder(tmp_path):
+    wishes = replace(OPTIONS, stages=("supernet", "search"), ranking=128, checkpoint=tmp_path / "state")
+    ranked = prune_depth(DEIT, tmp_path / "ranked.onnx", wishes)
+    drawn = replace(wishes, search=replace(wishes.search, method="random", evaluations=2))
+    assert prune_depth(DEIT, tmp_path / "drawn.onnx", drawn).found.evaluations == 2  # judged by all samples
+    again = prune_depth(DEIT, tmp_path / "again.onnx", wishes)
+    assert again.pruned == ranked.pruned and again.found.scores == ranked.found.scores
 
 
 def test_the_papers_way_stopped_twice_ends_with_the_same_file(tmp_path):
