@@ -9,7 +9,8 @@ One JSON row a run, appended as it ends: what is in the file is not run again, s
 once a run. All arms of a seed share its ladders, and each is pruned at once from the original, fitted and trained for
 as long; their exact MACs are within 3 % below the goal where the axis has such a level.
 
-    predictor                  what the tool chooses
+    predictor                  what the tool chooses: the best of its finalists
+    first                      what its predictor would choose alone
     product                    what the three fits alone would choose
     depth width resolution     one axis alone; left out where it does not reach the goal
     equal                      each axis saves as much
@@ -54,7 +55,7 @@ DIRECTIONS = {
     "efficientnet": EFFICIENTNET,
 }
 RANDOM = ("random1", "random2", "random3")
-ARMS = ("predictor", "product", *DIRECTIONS, *RANDOM)
+ARMS = ("predictor", "first", "product", *DIRECTIONS, *RANDOM)
 HELD_OUT = 5  # one sample in so many
 BAND = 0.03  # of the MACs, below the goal
 
@@ -85,6 +86,7 @@ class Bench:
             rounds=arguments.rounds,
             mixed=arguments.mixed,
             round_epochs=arguments.round_epochs,
+            finalists=arguments.finalists,
             depth_ranking=arguments.rank_blocks,
             width_ranking=arguments.rank_channels,
             round_to=arguments.round_to,
@@ -115,7 +117,7 @@ class Bench:
             "triples": triples,
             "expected": dict(zip(triples, expected.tolist(), strict=True)),
             "product": dict(zip(triples, product.tolist(), strict=True)),
-            "collecting": sum(point.seconds for point in decision.points),
+            "collecting": sum(point.seconds for point in (*decision.points, *decision.finals)),
             "wall": time.monotonic() - start,
         }
         return row, triples
@@ -127,6 +129,8 @@ class Bench:
         band = [levels for levels in within if table.cost(levels) >= (1 - BAND) * limit]
         largest = table.largest(within)
         found = {"predictor": decision.chosen}
+        if decision.finals:
+            found["first"] = decision.finals[0].levels
         assert job.predictor is not None
         plain = replace(job.predictor, correction=None)
         found["product"] = largest[plain.best(*job.coordinates(largest))]
@@ -243,6 +247,8 @@ def seed_figures(decision: Row, arms: dict[str, Row]) -> dict[str, float]:
     }
     if "predictor" in arms:
         found["regret"] = max(measured) - arms["predictor"]["accuracy"]
+    if "first" in arms:
+        found["regret of the predictor alone"] = max(measured) - arms["first"]["accuracy"]
     if "product" in arms:
         found["regret of the product"] = max(measured) - arms["product"]["accuracy"]
     return found
@@ -299,6 +305,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--mixed", type=int, default=3)
     parser.add_argument("--round-epochs", type=float, default=1)
+    parser.add_argument("--finalists", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--rank-blocks", choices=("fits", "probes"), default="fits")
     parser.add_argument("--rank-channels", choices=("data", "magnitude"), default="data")

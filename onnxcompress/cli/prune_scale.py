@@ -37,6 +37,13 @@ from onnxcompress.errors import RecipeError
 @click.option(
     "--mixed", type=click.IntRange(min=0), default=3, show_default=True, help="Points pruned along several axes."
 )
+@click.option(
+    "--finalists",
+    type=POSITIVE,
+    default=4,
+    show_default=True,
+    help="Networks that a quarter of the training decides between; 1 leaves it to the predictor.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the points with expected cost and time, and do nothing.")
 @click.option(
     "--rank-blocks",
@@ -171,9 +178,9 @@ def _options(wishes: dict[str, Any]) -> Any:
         val=wishes["val"] or "",
         goal=goal,
         axes=parse_axes(wishes["axes"]),
-        **take("rounds", "mixed", "round_epochs", "depth_ranking", "width_ranking", "only", "skip", "round_to"),
-        **take("min_keep", "native", "teacher", "calibration", "jobs", "dask", "augment", "preprocess", "limit"),
-        **take("tolerance", "threads", "checkpoint", "resume"),
+        **take("rounds", "mixed", "round_epochs", "finalists", "depth_ranking", "width_ranking", "only", "skip"),
+        **take("round_to", "min_keep", "native", "teacher", "calibration", "jobs", "dask", "augment", "preprocess"),
+        **take("limit", "tolerance", "threads", "checkpoint", "resume"),
         wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),
         training=training,
     )

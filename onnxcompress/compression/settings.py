@@ -135,6 +135,7 @@ READERS: dict[str, dict[str, Reader]] = {
     },
     "prune-scale": {
         "macs": _amount, "latency": _amount, "axes": _text, "rounds": _POSITIVE, "round-epochs": _number,
+        "finalists": _POSITIVE,
         "mixed": _whole(0), "rank-blocks": _one_of("fits", "probes"), "rank-channels": _one_of("data", "magnitude"),
         "only": _names, "skip": _names, "round-to": _POSITIVE, "min-keep": _number, "native-input": _flag,
         "limit": _POSITIVE, **_TRAINING,
@@ -304,8 +305,8 @@ def _scale(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
     from onnxcompress.train.scale.options import ScaleOptions, parse_axes
 
     wishes = given.take(
-        "rounds", "mixed", "round-epochs", "only", "skip", "round-to", "min-keep", depth_ranking="rank-blocks",
-        width_ranking="rank-channels", native="native-input",
+        "rounds", "mixed", "round-epochs", "finalists", "only", "skip", "round-to", "min-keep",
+        depth_ranking="rank-blocks", width_ranking="rank-channels", native="native-input",
     )  # fmt: skip
     for kind in ("macs", "latency"):
         if kind in given.values:

@@ -141,6 +141,7 @@ def _choice(found: Mapping[str, Any], metric: str) -> Section:
         [text("allowed"), number(found["limit"], ".3f")],
         [text("networks within the limit"), number(found["triples"])],
         [text("points measured"), number(len(found["points"]))],
+        [text("finalists that were trained for a while"), number(len(found.get("finals", ())))],
         [text("seconds of collecting"), number(found["seconds"], ",.0f")],
     ]
     sizes = [
@@ -184,10 +185,11 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 
 def _collected(found: Mapping[str, Any], metric: str) -> Section:
     series = []
-    for axis in (*AXES, "mixed"):
+    everything = [*found["points"], *found.get("finals", ())]
+    for axis in (*AXES, "mixed", "final"):
         points = [
             Point(point["cost"], point["figure"], point["name"])
-            for point in found["points"]
+            for point in everything
             if point["axis"] == axis and point["figure"] is not None
         ]
         if points:
@@ -205,9 +207,10 @@ def _collected(found: Mapping[str, Any], metric: str) -> Section:
             number(point["cost"], ".3f"),
             metric_cell(metric, point["fitted"]),
             metric_cell(metric, point["figure"]),
+            number(point.get("loss"), ".4g"),
             number(point["seconds"], ",.0f"),
         ]
-        for point in found["points"]
+        for point in everything
     ]
-    header = ("point", "axis", *AXES, "MACs", "cost", "before training", "after", "seconds")
+    header = ("point", "axis", *AXES, "MACs", "cost", "before training", "after", "loss", "seconds")
     return Section("What was measured", [*plots, Table(header, rows, "All points")])

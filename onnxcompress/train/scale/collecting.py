@@ -25,7 +25,7 @@ from onnxcompress.train.depth.options import finite
 from onnxcompress.train.depth.search import write_whole
 from onnxcompress.train.scale.axes import Ladders
 from onnxcompress.train.scale.given import Given
-from onnxcompress.train.scale.making import NOTHING, make_at, make_point
+from onnxcompress.train.scale.making import NOTHING, Outcome, make_at, make_point
 from onnxcompress.train.scale.options import Point, Progress, ScaleOptions
 from onnxcompress.train.scale.predictor import AXES
 from onnxcompress.train.scale.solving import CostTable, Levels, step_levels
@@ -112,9 +112,9 @@ class Collector:
             return [self.points[point.name] for point, _, _ in wanted]
         self._say(f"pruning and training {', '.join(point.name for point, _, _ in missing)}")
 
-        def done(number: int, found: tuple[np.ndarray, float, float, float]) -> None:
-            model, fitted, figure, seconds = found
-            point = replace(missing[number][0], fitted=fitted, figure=figure, seconds=seconds)
+        def done(number: int, found: Outcome) -> None:
+            model, fitted, figure, loss, seconds = found
+            point = replace(missing[number][0], fitted=fitted, figure=figure, loss=loss, seconds=seconds)
             save(load(model.tobytes()), self._file(point.name))
             self.points[point.name] = point
             self._fresh.append(seconds)

@@ -52,7 +52,8 @@ def plan_lines(plan: ScalePlan) -> list[str]:
             size, cost = found["least_size"], found["least_cost"]
             lines.append(f"{axis}: {found['levels']} levels down to {size:.3f}, alone {cost:.3f}x")
     lines.append(
-        f"{plan.triples:,} triples within the goal; {len(plan.points)} points on the axes, {plan.mixed} off them"
+        f"{plan.triples:,} triples within the goal; {len(plan.points)} points on the axes, {plan.mixed} off them, "
+        + (f"{plan.finalists} finalists" if plan.finalists > 1 else "the predictor alone decides")
     )
     times = ", ".join(f"{stage} {_time_text(seconds)}" for stage, seconds in plan.seconds.items())
     lines.append(f"expected time: {times}; {_time_text(sum(plan.seconds.values()))} in all, fits not counted")
@@ -71,6 +72,9 @@ def decision_lines(decision: Decision) -> list[str]:
     if decision.off_axis_error is not None:
         count = sum(point.axis == "mixed" for point in decision.points)
         lines.append(f"off the axes the {decision.form} was off by {decision.off_axis_error:.2g} (rms of {count})")
+    if decision.finals:
+        losses = ", ".join(f"{point.name} {point.loss:.4g}" for point in decision.finals)
+        lines.append(f"{len(decision.finals)} finalists, the predictor's first; loss on validation samples: {losses}")
     lines += [f"{axis} was not pruned: {reason}" for axis, reason in decision.refusals.items()]
     return lines
 
@@ -134,7 +138,7 @@ def result_markdown(result: ScaleResult) -> str:
     parts += _table(FIGURE_HEADER, figure_rows(result))
     if result.decision is not None:
         parts.append("\n## Points\n")
-        parts += _table(POINT_HEADER, point_rows(result.decision.points))
+        parts += _table(POINT_HEADER, point_rows([*result.decision.points, *result.decision.finals]))
         parts.append("\n## Fits\n")
         parts += _table(FIT_HEADER, fit_rows(list(result.decision.fits.values())))
         parts.append("\n## Conditions of Karush, Kuhn and Tucker\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,19 @@ class Given:
         if supervision.objective is not None and isinstance(supervision.objective.teacher, Teacher):
             supervision.objective.teacher.twin.to(self.device)
         return supervision
+
+    def loss(self, twin: TorchGraph, supervision: Supervision) -> float:
+        """What the training makes small, of the samples to judge by; NaN where they lack the labels that it is of."""
+        objective = supervision.objective
+        if objective is None or (objective.label_output and self.judged.labels is None):
+            return math.nan
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.judged.ordered():
+                size = len(next(iter(batch.feeds.values())))
+                total += size * float(objective(twin.eval(), batch.to(self.device)))
+                count += size
+        return total / count
 
     def settle(self, twin: TorchGraph) -> None:
         """Estimate BatchNormalization of a twin anew."""

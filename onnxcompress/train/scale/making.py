@@ -41,6 +41,7 @@ from onnxcompress.train.weights import held_values, is_float, weight_tensors
 
 NOTHING: Levels = (0, 0, 0)
 Step = Callable[[StepProgress], None]
+Outcome = tuple[np.ndarray, float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +166,7 @@ def point_settings(options: ScaleOptions, epochs: float) -> TrainSettings:
     return replace(options.training, epochs=epochs, steps=None, patience=None, eval_every=None)
 
 
-def make_at(
-    given: Given, ladders: Ladders, target: Levels, at: Levels, epochs: float, model: np.ndarray
-) -> tuple[np.ndarray, float, float, float]:
+def make_at(given: Given, ladders: Ladders, target: Levels, at: Levels, epochs: float, model: np.ndarray) -> Outcome:
     """Prune and train one network, with one thread.
 
     Args:
@@ -179,7 +178,8 @@ def make_at(
         model: (n,) uint8, the network to go on from, serialized; empty for the original.
 
     Returns:
-        (n,) uint8 the network, serialized; its figures before and after training; and the seconds that it took.
+        (n,) uint8 the network, serialized; its figures before and after training; its loss on the validation samples;
+        and the seconds that it took.
     """
     start = time.monotonic()
     with one_thread():
@@ -188,11 +188,12 @@ def make_at(
             infer_shapes(held)
         graph = prune(given, ladders, target, held=held, at=at)
         made = train_graph(given, graph, point_settings(given.options, epochs))
+        loss = given.loss(made.twin, made.supervision)
         made.twin.to("cpu").write_back(graph)
     if not math.isfinite(made.figure):
         raise ModelError(f"{given.source}, pruned to levels {target}: the figure is {made.figure:g}")
     packed = np.frombuffer(to_proto(graph).SerializeToString(), np.uint8)
-    return packed, made.fitted, made.figure, time.monotonic() - start
+    return packed, made.fitted, made.figure, loss, time.monotonic() - start
 
 
 _held: dict[str, Given] = {}  # the last one of this process: points of a run share it
@@ -206,7 +207,7 @@ def make_point(
     at: Levels,
     epochs: float,
     model: np.ndarray,
-) -> tuple[np.ndarray, float, float, float]:
+) -> Outcome:
     """``make_at`` in a process of its own, which reads model and samples itself."""
     key = f"{file_digest(Path(source))} {source} {options}"
     if key not in _held:

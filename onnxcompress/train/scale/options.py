@@ -48,6 +48,8 @@ class ScaleOptions:
         rounds: Steps along each axis down to the goal.
         mixed: Points off the axes.
         round_epochs: Passes over the data after each step; a point off the axes has those of all rounds.
+        finalists: Networks of which a quarter of the whole training says which one is best; with one the predictor
+            alone decides.
         depth_ranking: "fits": what the outputs lose when a block alone goes and the rest is fitted; "probes": what a
             linear probe gains by a block.
         width_ranking: "data" or "magnitude", see ``channels``.
@@ -78,6 +80,7 @@ class ScaleOptions:
     rounds: int = 4
     mixed: int = 3
     round_epochs: float = 1.0
+    finalists: int = 4
     depth_ranking: str = "fits"
     width_ranking: str = "data"
     only: tuple[str, ...] = ()
@@ -112,6 +115,8 @@ class ScaleOptions:
                 raise RecipeError(f"{name} {value!r}: choose {' or '.join(known)}")
         if self.rounds < 1 or self.mixed < 0:
             raise RecipeError(f"rounds {self.rounds}, mixed {self.mixed}: expected at least 1 and 0")
+        if self.finalists < 1:
+            raise RecipeError(f"finalists {self.finalists}: expected at least 1")
         if not 0 < self.round_epochs < math.inf:
             raise RecipeError(f"round epochs {self.round_epochs:g}: expected more than 0")
         if self.calibration < 2:
@@ -127,14 +132,17 @@ class Point:
     """One pruned network.
 
     Attributes:
-        axis: Along which it was pruned, or "mixed".
+        axis: Along which it was pruned, "mixed", or "final" for those of the last choice.
         levels: In depth, width and resolution.
         sizes: What is left of each.
         macs: Multiply-accumulates.
         cost: What the goal is about, as a share of the original's.
         fitted: Validation figure before training.
         figure: After it.
+        loss: What the training makes small, of the validation samples; NaN where they have no labels, and it is of
+            labels.
         seconds: That it took; NaN where it is still to come.
+        steps: Of the training of a finalist; 0 for points of the rounds, which are trained as those say.
     """
 
     axis: str
@@ -144,11 +152,14 @@ class Point:
     cost: float
     fitted: float = math.nan
     figure: float = math.nan
+    loss: float = math.nan
     seconds: float = math.nan
+    steps: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.axis}-{'-'.join(map(str, self.levels))}"
+        name = f"{self.axis}-{'-'.join(map(str, self.levels))}"
+        return f"{name}-of-{self.steps}-steps" if self.steps else name
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,7 @@ class ScalePlan:
         original_macs: Of the input.
         points: On the axes, in the order of the rounds.
         mixed: Points off the axes that would follow.
+        finalists: Networks of the last choice.
         axes: By axis the smallest size, what it costs alone, and why it cannot be pruned.
         triples: Networks within the goal.
         seconds: Expected for each part.
@@ -188,6 +200,7 @@ class ScalePlan:
     original_macs: int
     points: list[Point]
     mixed: int
+    finalists: int
     axes: dict[str, dict[str, Any]]
     triples: int
     seconds: dict[str, float]
@@ -208,7 +221,8 @@ class Decision:
         base: Figure of the original.
         form: How the axes are put together: "product" or "sum".
         fits: By axis.
-        points: All that were measured.
+        points: All that the predictor was fed with.
+        finals: Networks that were trained for the last choice; none where the predictor alone decided.
         chosen: Levels.
         sizes: What is left of each axis.
         predicted: Figure expected there.
@@ -230,6 +244,7 @@ class Decision:
     form: str
     fits: dict[str, AxisFit]
     points: list[Point]
+    finals: list[Point]
     chosen: Levels
     sizes: tuple[float, float, float]
     predicted: float
@@ -248,6 +263,7 @@ class Decision:
         plain |= {
             "fits": [fit.as_dict() for fit in self.fits.values()],
             "points": [{**dataclasses.asdict(point), "name": point.name} for point in self.points],
+            "finals": [{**dataclasses.asdict(point), "name": point.name} for point in self.finals],
             "check": dataclasses.asdict(self.check),
         }
         found: dict[str, Any] = finite(plain)

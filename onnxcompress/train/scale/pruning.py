@@ -3,7 +3,7 @@
     ladders    in which order blocks and channels go, and how many pixels can; the MACs of every triple
     collect    networks pruned along each axis alone, in rounds, and a few that are pruned along several
     predict    the figure of every triple, by a product of three fits and what the others say of it
-    choose     the best triple within the goal
+    choose     the best triple within the goal: the most promising ones are trained for a while
     train      the original pruned to it, fitted, trained with distillation
     merge      the ordinary passes; onnxruntime confirms the result
 
@@ -42,6 +42,7 @@ from onnxcompress.train.depth.offers import BudgetError
 from onnxcompress.train.depth.search import write_whole
 from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, structure, width_ladder
 from onnxcompress.train.scale.collecting import WAY_OUT, Collector, axis_points, point_at
+from onnxcompress.train.scale.finals import SHARE, finalists, winner
 from onnxcompress.train.scale.finishing import Finisher, StepSay, compare
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOptions, ScalePlan, ScaleResult
@@ -250,7 +251,7 @@ class Job:
         points = axis_points(self.table, self.limit, options)
         self.candidates(points)  # before anything is trained
         several = len([axis for axis in points if points[axis]]) > 1
-        total = sum(map(len, points.values())) + (options.mixed if several else 0)
+        total = sum(map(len, points.values())) + (options.mixed + options.finalists if several else 0)
         identity = given.identity() | {"mixed": options.mixed}
         with Collector(given, self.ladders, self.folder, identity, total, self._told) as collector:
             measured: dict[str, list[Point]] = {axis: [] for axis in points}
@@ -275,7 +276,39 @@ class Job:
                 predictor = self._predictor(supervision, base, measured, mixed)
             self.predictor = predictor
             chosen = self._choose(predictor, points)
-        return self._decision(supervision, predictor, measured, mixed, chosen, time.monotonic() - start)
+            finals: list[Point] = []
+            if several and options.finalists > 1:
+                finals = self._finals(collector, predictor, chosen, measured, mixed)
+            if finals:
+                chosen = winner(finals, higher_is_better=predictor.higher_is_better).levels
+        return self._decision(supervision, predictor, measured, mixed, finals, chosen, time.monotonic() - start)
+
+    def _finals(
+        self,
+        collector: Collector,
+        predictor: Predictor,
+        best: Levels,
+        measured: Mapping[str, Sequence[Point]],
+        mixed: Sequence[Point],
+    ) -> list[Point]:
+        """The most promising triples, trained for a while."""
+        everything = [*itertools.chain.from_iterable(measured.values()), *mixed]
+        triples = self.table.largest(self.candidates(measured))
+        count = self.options.finalists
+        levels = finalists(count, best, everything, triples, predictor, self.coordinates, self.is_within)
+        if len(levels) < 2:
+            return []
+        collector.total = len(everything) + len(levels)
+        epochs, steps = self.final_steps / self.given.batches.steps_per_epoch, self.final_steps
+        return collector.collect(
+            [(replace(point_at(self.table, "final", one), steps=steps), None, epochs) for one in levels]
+        )
+
+    @property
+    def final_steps(self) -> int:
+        """Of the training of a finalist: at least as long as a round."""
+        every = self.given.batches.steps_per_epoch
+        return round(max(1, self.options.round_epochs * every, SHARE * self.options.training.total_steps(every)))
 
     def _predictor(
         self,
@@ -361,6 +394,7 @@ class Job:
         predictor: Predictor,
         measured: Mapping[str, Sequence[Point]],
         mixed: Sequence[Point],
+        finals: Sequence[Point],
         chosen: Levels,
         seconds: float,
     ) -> Decision:
@@ -381,6 +415,7 @@ class Job:
             form=predictor.form,
             fits=dict(predictor.fits),
             points=[*itertools.chain.from_iterable(measured.values()), *mixed],
+            finals=list(finals),
             chosen=chosen,
             sizes=self.table.size(chosen),
             predicted=float(value[0]),
@@ -399,7 +434,7 @@ class Job:
         points = axis_points(self.table, self.limit, self.options)
         triples = self.candidates(points)
         several = len([axis for axis in points if points[axis]]) > 1
-        mixed = self.options.mixed if several else 0
+        mixed, finals = (self.options.mixed, self.options.finalists) if several else (0, 1)
         axes: dict[str, dict[str, Any]] = {}
         for number, axis in enumerate(AXES):
             if axis in self.options.axes:
@@ -415,12 +450,13 @@ class Job:
             original_macs=self.given.figures.macs,
             points=[point for found in points.values() for point in found],
             mixed=mixed,
+            finalists=finals,
             axes=axes,
             triples=len(triples),
-            seconds=self._expected_seconds(sum(map(len, points.values())), mixed),
+            seconds=self._expected_seconds(sum(map(len, points.values())), mixed, finals if finals > 1 else 0),
         )
 
-    def _expected_seconds(self, points: int, mixed: int) -> dict[str, float]:
+    def _expected_seconds(self, points: int, mixed: int, finals: int) -> dict[str, float]:
         """From the time of a step and of a fit of the original."""
         options, given = self.options, self.given
         self.say("timing a step and a fit")
@@ -449,5 +485,6 @@ class Job:
         return {
             "points": points * per_round / min(jobs, max(1, len(self._axes))),
             "mixed": mixed * per_round * options.rounds,
+            "finals": finals * each * self.final_steps / min(jobs, max(1, finals)),
             "train": each * whole + judging * whole / every,
         }

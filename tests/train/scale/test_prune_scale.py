@@ -35,6 +35,7 @@ OPTIONS = ScaleOptions(
     goal=Goal("macs", 0.5, True),
     rounds=2,
     mixed=1,
+    finalists=3,
     round_epochs=0.4,
     width_ranking="magnitude",
     depth_ranking="probes",
@@ -92,6 +93,18 @@ def test_points_are_networks_of_their_cost(pruned):
     assert decision.cost == pytest.approx(result.figures_after.macs / result.figures_before.macs)
 
 
+def test_the_finalist_that_learned_most_is_taken(pruned):
+    decision, folder = pruned[0].decision, pruned[1]
+    finals = decision.finals
+    assert 2 <= len(finals) <= 3 and len({point.levels for point in finals}) == len(finals)
+    assert decision.chosen == min(finals, key=lambda point: point.loss).levels
+    for point in finals:
+        assert point.cost <= 0.5 and point.loss > 0 and point.steps == 7  # those of a round
+        assert (folder / "state" / f"final-{'-'.join(map(str, point.levels))}-of-7-steps.onnx").exists()
+    ends = {axis: [p for p in decision.points if p.axis == axis][-1] for axis in decision.fits}
+    assert finals[1].levels in {p.levels for p in ends.values()} | {p.levels for p in decision.points[-1:]}
+
+
 def test_the_report_holds_what_a_figure_of_the_fits_needs(pruned):
     plain = json.loads(json.dumps(pruned[0].as_dict()))["predictor"]
     assert [fit["axis"] for fit in plain["fits"]] == ["depth", "width", "resolution"]
@@ -103,7 +116,8 @@ def test_the_report_holds_what_a_figure_of_the_fits_needs(pruned):
 
 def test_progress_says_how_long_it_takes(pruned):
     said = [now for now in pruned[2] if now.total]
-    assert said[0].total == 7 and said[-1].done == 7 and said[-1].seconds_left == 0
+    assert said[0].total == 10 and said[-1].done == said[-1].total and said[-1].seconds_left == 0
+    assert said[-1].total == 7 + len(pruned[0].decision.finals)
     assert all(now.seconds_left > 0 for now in said[2:-1])
 
 
@@ -201,7 +215,7 @@ def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
     plan = plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, goal=Goal("macs", 0.8, True)))
     assert plan.axes["depth"]["refusal"] == "none of 0 residual blocks can be deleted"
     assert "Flatten" in plan.axes["resolution"]["refusal"] or "Gemm" in plan.axes["resolution"]["refusal"]
-    assert {point.axis for point in plan.points} == {"width"} and plan.mixed == 0
+    assert {point.axis for point in plan.points} == {"width"} and plan.mixed == 0 and plan.finalists == 1
     with pytest.raises(RecipeError, match="there is nothing to prune: none of 0 residual blocks"):
         plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, axes=("depth",)))
 
@@ -210,7 +224,8 @@ def test_a_plan_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = plan_scale(RESNET, OPTIONS)
     assert len(plan.points) == 6 and plan.mixed == 1 and plan.triples > 100
-    assert all(seconds > 0 for seconds in plan.seconds.values()) and set(plan.seconds) == {"points", "mixed", "train"}
+    assert set(plan.seconds) == {"points", "mixed", "finals", "train"}
+    assert all(seconds > 0 for seconds in plan.seconds.values())
     assert not list(tmp_path.iterdir()) and json.dumps(plan.as_dict())
 
 
