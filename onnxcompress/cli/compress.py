@@ -31,8 +31,8 @@ class OutOfReach(OnnxCompressError):
 @click.option(
     "--goal",
     metavar="GOAL",
-    help="'size=10x, drop=1%': size (10x, 5M), latency (0.5x, 3ms), macs (0.5x, 300M), within a drop (1%). Takes the "
-    "name of a recipe file as well.",
+    help="'size=10x, drop=1%': size (10x, 5M), latency (0.5x, 3ms), macs (0.5x, 300M), within a drop (1%); a drop "
+    "alone: the smallest file. Takes the name of a recipe file as well.",
 )
 @click.option(
     "--data",
@@ -84,6 +84,7 @@ def command(
         raise RecipeError("--report is for a run: with --dry-run take --json")
     check_report(report)
     from onnxcompress.compression.compressing import compress, plan_compression, state_folder
+    from onnxcompress.compression.describing import attempt_line
 
     options = _options(recipe, goal, wishes)
     with model_progress(1, quiet) as bar:
@@ -92,7 +93,9 @@ def command(
         else:
             assert output is not None
             try:
-                found = compress(source, output, options, say=bar.say)
+                found = compress(
+                    source, output, options, say=bar.say, done=lambda attempt: bar.line(attempt_line(attempt))
+                )
             except KeyboardInterrupt as stop:
                 if not state_folder(output).exists():
                     raise

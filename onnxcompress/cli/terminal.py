@@ -14,15 +14,23 @@ class ModelProgress:
     Args:
         bar: A rich Progress; None says nothing.
         total: Number of models.
+        quiet: Print nothing where there is no bar.
     """
 
-    def __init__(self, bar: Any, total: int) -> None:
-        self.bar = bar
+    def __init__(self, bar: Any, total: int, *, quiet: bool = True) -> None:
+        self.bar, self.quiet = bar, quiet
         self.task = None if bar is None else bar.add_task("starting", total=total)
 
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description=line)
+
+    def line(self, text: str) -> None:
+        """Something is done: stays on the terminal, above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -38,7 +46,7 @@ class ModelProgress:
 @contextlib.contextmanager
 def model_progress(total: int, quiet: bool) -> Iterator[ModelProgress]:
     if quiet or not sys.stderr.isatty():
-        yield ModelProgress(None, total)
+        yield ModelProgress(None, total, quiet=quiet)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn

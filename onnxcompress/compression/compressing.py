@@ -26,10 +26,12 @@ from onnxcompress.compression.parts import Parts, read_parts
 from onnxcompress.compression.planning import Plan, make_plan
 from onnxcompress.compression.point import reached
 from onnxcompress.compression.recipe import Step, recipe_text
+from onnxcompress.compression.script import Script, StepError
 from onnxcompress.compression.settings import Shared
 from onnxcompress.compression.steps import has_torch
-from onnxcompress.compression.strategy import Means, Script, StepError, Strategy
+from onnxcompress.compression.strategy import Means, Strategy
 from onnxcompress.compression.wording import nearest_text
+from onnxcompress.cost import NOMINAL_SIZE
 from onnxcompress.errors import DataError, ModelError, RecipeError
 from onnxcompress.model_io import StagedFile, external_files, load, read_proto
 from onnxcompress.optimizer import check_target
@@ -121,7 +123,7 @@ def _parts(path: Path, options: CompressOptions) -> Parts:
 def _shared(path: Path, options: CompressOptions, parts: Parts) -> Shared:
     return Shared(
         parts.fitting, parts.deciding, path, options.metric if parts.labelled else None, options.seed, options.threads,
-        options.jobs, options.custom_ops,
+        options.jobs, options.custom_ops, parts.labelled,
     )  # fmt: skip
 
 
@@ -131,6 +133,12 @@ def _means(options: CompressOptions, parts: Parts) -> Means:
 
 def _notes(options: CompressOptions, parts: Parts) -> list[str]:
     notes = list(parts.notes)
+    drop = None if options.goal is None else options.goal.drop
+    if parts.judging is not None and drop is not None and 0 < drop < 1 / len(parts.judging):
+        notes.append(
+            f"{len(parts.judging)} samples judge, and one of them is {1 / len(parts.judging):.1%}: to tell a drop of "
+            f"{drop:.1%} from none takes more"
+        )
     if options.data == "none":
         notes.append(WITHOUT_DATA)
     if not has_torch():
@@ -227,6 +235,12 @@ class _Job:
         )
         self.attempts = Attempts(self.path, self.shared, meter, self.checkpoint, self.runtime, self.say, self.done)
 
+    def _assumed(self) -> list[str]:
+        point = self.attempts.original.found
+        if point.macs_exact or self.options.goal is None or self.options.goal.macs is None:
+            return []
+        return [f"MACs are counted with {NOMINAL_SIZE} for sizes that the model leaves open, and 1 for the batch"]
+
     def _result(self, last: Attempt, met: bool, written: bool) -> CompressResult:
         options, original = self.options, self.attempts.original.found
         chain = last.chain
@@ -246,5 +260,5 @@ class _Job:
             samples=0 if self.parts.judging is None else len(self.parts.judging),
             recipe=recipe_text(recipe),
             seconds=time.monotonic() - self.started,
-            notes=_notes(options, self.parts),
+            notes=[*_notes(options, self.parts), *self._assumed()],
         )

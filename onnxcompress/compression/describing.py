@@ -25,6 +25,18 @@ def attempt_rows(result: CompressResult) -> list[list[str]]:
     return rows
 
 
+def attempt_line(attempt: Attempt) -> str:
+    """While the run goes on: what a step gave."""
+    if attempt.point is None:
+        found = f"failed: {attempt.failure}"
+    else:
+        point = attempt.point
+        lost = "" if point.drop is None else f", {drop_text(point)}"
+        latency = "" if point.latency is None else f", {point.latency_share:.2f}x latency"
+        found = f"{point.size_bytes:,} bytes, {point.macs:,} MACs{latency}{lost}"
+    return f"step {attempt.number}, {attempt.step.text}: {found}; {attempt.seconds:.0f} s"
+
+
 def _figures(point: Point, original: Point) -> list[str]:
     drop = "" if point.drop is None or point is original else drop_text(point, bare=True)
     return [bytes_and_ratio(point, original), f"{point.macs:,}", latency_text(point), drop]

@@ -4,6 +4,8 @@ size=10x      original bytes over the result's; or 5M, 800K, 43000: at most so m
 latency=0.5x  of the original's, measured here in turns; or 3ms
 macs=0.5x     of the original's multiply-accumulates; or 300M
 drop=1%       of the metric on labelled samples, else of the agreement with the original
+
+A drop alone asks for the smallest file that loses no more.
 """
 
 from __future__ import annotations
@@ -78,6 +80,11 @@ class Goal:
         return [limit for limit in (self.macs, self.latency, self.size) if limit is not None]
 
     @property
+    def is_smallest(self) -> bool:
+        """Whether the smallest file within the drop is asked for."""
+        return not self.limits
+
+    @property
     def text(self) -> str:
         """As ``parse_goal`` reads it."""
         parts = [f"{limit.key}={limit.text}" for limit in (self.size, self.latency, self.macs) if limit is not None]
@@ -112,9 +119,8 @@ def goal_of(given: Mapping[str, Any]) -> Goal:
         raise RecipeError(f"goal: unknown key {unknown!r}{closest(unknown, KEYS)}")
     limits = {key: _limit(key, str(given[key])) for key in ("size", "latency", "macs") if key in given}
     drop = _drop(str(given["drop"])) if "drop" in given else None
-    if not limits:
-        way = "" if drop is None else " (the smallest file within a drop is that of `onnxcompress quantize --max-drop`)"
-        raise RecipeError(f"the goal says nothing to reach: add size=10x, latency=0.5x or macs=0.5x{way}")
+    if not limits and drop is None:
+        raise RecipeError("the goal says nothing to reach: size=10x, latency=0.5x or macs=0.5x, within drop=1%")
     return Goal(**limits, drop=drop)
 
 

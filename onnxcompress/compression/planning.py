@@ -114,6 +114,8 @@ class _Planner:
                 else:
                     start = 1.0 if latency is None else min(1.0, 1 / latency.ratio)
                 found += self._speed(limit, start)
+        if self.goal.is_smallest:
+            return found + self._smallest()
         size = self.goal.size
         if size is not None and after.size_bytes > size.allowed(before.size_bytes):
             found += self._size(int(size.allowed(before.size_bytes)))
@@ -159,14 +161,30 @@ class _Planner:
                     Planned(half, "if both lose too much", "half of the way by blocks, and channels for the rest", "")
                 )
             if self.means.can_train:
-                trained = self._step("prune-depth", {**wish, **self.means.training})
-                found.append(Planned(trained, "if that loses too much", "training wins back what fits cannot", ""))
                 learning = {key: value for key, value in self.means.training.items() if key != "stages"}
+                tuned = self._step("finetune", learning)
+                found.append(Planned(tuned, "if that loses too much", "training wins back what fits cannot", ""))
+                trained = self._step("prune-depth", {**wish, **self.means.training})
+                found.append(Planned(trained, "if that does", "blocks, trained while they are still whole", ""))
                 scaled = self._step("prune-scale", {"axes": "d,w", **wish, **learning})
                 found.append(Planned(scaled, "if even that does", "blocks and channels together", "takes longest"))
             elif self.means.torch and self.options.train:
                 self.notes.append(f"no training is planned: {self.means.fitted} samples, it takes {LEAST_TO_TRAIN}")
         return found
+
+    def _smallest(self) -> list[Planned]:
+        assert self.goal.drop is not None
+        step = self._step("quantize", {"max-drop": f"{self.goal.drop:g}"})
+        found = [Planned(step, "then", "the smallest file within the drop", "files of several sizes are made")]
+        if self._can_tune:
+            tuned = self._step("quantize", {"size": "SIZE", "tune": "joint"})
+            found.append(Planned(tuned, "then", "smaller ones, all codebooks tuned together", "about two minutes each"))
+        return found
+
+    @property
+    def _can_tune(self) -> bool:
+        told = self.options.settings.get("quantize", {})
+        return self.means.data and self.means.torch and self.options.train and "tune" not in told
 
     def _size(self, size: int) -> list[Planned]:
         step = self._step("quantize", {"size": str(size)})
@@ -175,14 +193,7 @@ class _Planner:
         if self.means.data:
             narrow = self._step("prune-width", {"macs": "0.7x"})
             found.append(Planned(narrow, "if the size is out of reach", "fewer channels, then codebooks again", ""))
-        told = self.options.settings.get("quantize", {})
-        if (
-            self.goal.drop is not None
-            and self.means.data
-            and self.means.torch
-            and self.options.train
-            and "tune" not in told
-        ):
+        if self.goal.drop is not None and self._can_tune:
             tuned = self._step("quantize", {"size": str(size), "tune": "joint"})
             found.append(Planned(tuned, "if that loses too much", "all codebooks tuned together", "about two minutes"))
         return found

@@ -24,6 +24,7 @@ class Point:
         before: The original's metric; None without labels.
         after: The file's.
         error: Relative error of the worst output.
+        macs_exact: Whether no size is assumed in ``macs``.
     """
 
     size_bytes: int
@@ -34,6 +35,7 @@ class Point:
     before: float | None
     after: float | None
     error: float | None
+    macs_exact: bool = True
 
     @property
     def latency_share(self) -> float:
@@ -73,6 +75,18 @@ def allowed_share(limit: Limit, point: Point) -> float:
     if limit.relative or point.latency is None:
         return limit.amount
     return limit.amount / point.latency.original_ms
+
+
+def excess(goal: Goal, point: Point, original: Point) -> float:
+    """How far a point is from the limits: the sum of what it has above them, in powers of e."""
+    found = 0.0
+    for limit in goal.limits:
+        if limit.key == "latency":
+            share = point.latency_share / allowed_share(limit, point)
+        else:
+            share = point.figure(limit.key) / max(limit.allowed(original.figure(limit.key)), 1e-9)
+        found += max(0.0, math.log(max(share, 1e-9)))
+    return found
 
 
 def reached(goal: Goal, point: Point, original: Point) -> bool:

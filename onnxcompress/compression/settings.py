@@ -28,6 +28,7 @@ class Shared:
         deciding: File of those to decide by.
         original: The file that the whole run began with.
         metric: Figure on labelled samples; None for the usual one.
+        labelled: Those samples have labels.
         seed: Same seed, same bytes.
         threads: For timing.
         jobs: Processes; None for one a processor.
@@ -42,6 +43,7 @@ class Shared:
     threads: int = 1
     jobs: int | None = None
     custom_ops: Path | None = None
+    labelled: bool = False
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -106,8 +108,8 @@ _TRAINING: dict[str, Reader] = {
     "label-smoothing": _number, "temperature": _number, "distill-weight": _number, "labels": _flag, "distill": _flag,
     "augment": _text, "eval-every": _POSITIVE, "patience": _POSITIVE, "target-output": _text, "teacher": _text,
     "device": _one_of("auto", "cpu", "cuda"), "precision": _one_of("auto", "float32", "bfloat16", "float16"),
-    "calibration": _whole(2), "tolerance": _number, "dask": _text,
 }  # fmt: skip
+_MERGING: dict[str, Reader] = {"calibration": _whole(2), "tolerance": _number, "dask": _text}
 
 READERS: dict[str, dict[str, Reader]] = {
     "optimize": {
@@ -131,13 +133,18 @@ READERS: dict[str, dict[str, Reader]] = {
         "generations": _whole(0), "mutation": _number, "crossover": _number, "shortlist": _POSITIVE,
         "ranking": _POSITIVE, "evaluations": _POSITIVE, "supernet": _one_of("fitted", "trained"),
         "start": _one_of("fitted", "original"), "ramp": _number, "ramp-shape": _one_of("linear", "cosine"),
-        "supernet-epochs": _number, "limit": _POSITIVE, **_TRAINING,
+        "supernet-epochs": _number, "limit": _POSITIVE, **_TRAINING, **_MERGING,
     },
     "prune-scale": {
         "macs": _amount, "latency": _amount, "axes": _text, "rounds": _POSITIVE, "round-epochs": _number,
-        "finalists": _POSITIVE,
+        "candidates": _POSITIVE, "finalists": _POSITIVE,
         "mixed": _whole(0), "rank-blocks": _one_of("fits", "probes"), "rank-channels": _one_of("data", "magnitude"),
         "only": _names, "skip": _names, "round-to": _POSITIVE, "min-keep": _number, "native-input": _flag,
+        "limit": _POSITIVE, **_TRAINING, **_MERGING,
+    },
+    "finetune": {
+        "freeze": _names, "train": _names, "freeze-bn": _flag, "bn-only": _flag, "feature": _names,
+        "feature-weight": _number, "distill-loss": _one_of("auto", "kl", "mse"), "channels-last": _flag,
         "limit": _POSITIVE, **_TRAINING,
     },
 }  # fmt: skip
@@ -148,8 +155,9 @@ GOALS = {
     "prune-width": ("macs", "latency"),
     "prune-depth": ("blocks", "macs", "latency"),
     "prune-scale": ("macs", "latency"),
+    "finetune": (),
 }
-WITH_TORCH = ("prune-depth", "prune-scale")
+WITH_TORCH = ("prune-depth", "prune-scale", "finetune")
 WITH_DATA = ("prune-depth", "prune-scale")
 OF_THE_RUN = ("data", "val", "metric", "preprocess", "seed", "threads", "jobs", "custom-ops")
 
@@ -202,7 +210,7 @@ def options_of(verb: str, settings: Settings, shared: Shared, **more: Any) -> An
         RecipeError: The settings conflict.
     """
     build = {"optimize": _optimize, "quantize": _quantize, "prune-width": _width, "prune-depth": _depth}
-    return {**build, "prune-scale": _scale}[verb](_Taken(verb, settings), shared, more)
+    return {**build, "prune-scale": _scale, "finetune": _finetune}[verb](_Taken(verb, settings), shared, more)
 
 
 def _optimize(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
@@ -230,6 +238,8 @@ def _quantize(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
         wishes["size_bytes"] = int(limit.amount)
     if "max-drop" in given.values:
         wishes["max_drop"] = parse_share(given.values["max-drop"])
+        if shared.labelled:
+            wishes |= {"val": shared.deciding, "metric": shared.metric}
     rest = {"jobs": shared.jobs, "custom_ops": shared.custom_ops, "seed": shared.seed}
     return QuantizeOptions(**{**wishes, **rest, "data": shared.fitting, **more})
 
@@ -252,14 +262,19 @@ def _learning(given: _Taken, shared: Shared) -> dict[str, Any]:
     from onnxcompress.train.settings import TrainSettings
     from onnxcompress.train.supervision import Wishes
 
-    losses = LossSettings(**given.take("temperature", "distill-weight", smoothing="label-smoothing"))
+    losses = LossSettings(**given.take("temperature", "distill-weight", "feature-weight", smoothing="label-smoothing"))
     training = TrainSettings(
         **given.take("epochs", "steps", "batch", "accumulate", "optimizer", "weight-decay", "momentum", "schedule"),
         **given.take("warmup", "clip-norm", "eval-every", "patience", "precision", "device"),
-        **given.take(learning_rate="lr", ema_decay="ema"),
+        **given.take("channels-last"),
+        **given.take(learning_rate="lr", ema_decay="ema", freeze_statistics="freeze-bn"),
         seed=shared.seed,
     )
-    wishes = Wishes(losses=losses, metric=shared.metric, **given.take("labels", "distill", output="target-output"))
+    wishes = Wishes(
+        losses=losses,
+        metric=shared.metric,
+        **given.take("labels", "distill", "distill-loss", output="target-output", features="feature"),
+    )
     found = given.take("calibration", "augment", "tolerance", "dask", "limit")
     teacher = Path(given.values["teacher"]) if "teacher" in given.values else shared.original
     rest = {"data": shared.fitting, "val": shared.deciding, "teacher": teacher, "jobs": shared.jobs}
@@ -305,7 +320,7 @@ def _scale(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
     from onnxcompress.train.scale.options import ScaleOptions, parse_axes
 
     wishes = given.take(
-        "rounds", "mixed", "round-epochs", "finalists", "only", "skip", "round-to", "min-keep",
+        "rounds", "mixed", "round-epochs", "candidates", "finalists", "only", "skip", "round-to", "min-keep",
         depth_ranking="rank-blocks", width_ranking="rank-channels", native="native-input",
     )  # fmt: skip
     for kind in ("macs", "latency"):
@@ -314,3 +329,15 @@ def _scale(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
     if "axes" in given.values:
         wishes["axes"] = parse_axes(given.values["axes"])
     return ScaleOptions(**{**wishes, **_learning(given, shared), **more})
+
+
+def _finetune(given: _Taken, shared: Shared, more: dict[str, Any]) -> Any:
+    from onnxcompress.train.finetune import FinetuneOptions
+
+    learning = _learning(given, shared)
+    del learning["jobs"]
+    wanted = given.values.get("distill") or {"teacher", "feature"} & set(given.values)
+    if shared.labelled and not wanted:
+        learning["teacher"] = None  # labels are enough, and the original would be its own teacher
+    wishes = given.take("bn-only", "freeze", only="train")
+    return FinetuneOptions(**{**learning, **wishes, **more})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def run_step(step: Step, source: Path, output: Path, shared: Shared, runtime: Ru
         "prune-width": _prune_width,
         "prune-depth": _prune_depth,
         "prune-scale": _prune_scale,
+        "finetune": _finetune,
     }
     return verbs[step.verb](step, source, output, shared, runtime, lambda line: say(f"{step.verb}: {line}"))
 
@@ -139,6 +140,15 @@ def _prune_scale(step: Step, source: Path, output: Path, shared: Shared, runtime
     return Done(lines, {**step.settings})
 
 
-def chain(steps: Sequence[Step]) -> str:
-    """Steps in their order, on one line."""
-    return " -> ".join(step.text for step in steps) or "a copy"
+def _finetune(step: Step, source: Path, output: Path, shared: Shared, runtime: Runtime, say: Say) -> Done:
+    from onnxcompress.train.finetune import finetune
+
+    found = finetune(
+        source, output, options_of("finetune", step.settings, shared), say=say,
+        progress=lambda now: say(f"step {now.step}/{now.total}"),
+    )  # fmt: skip
+    assert found is not None  # one process
+    lines = [f"learned from {found.learned_from}, {len(found.changed)} tensors changed"]
+    if found.metric is not None:
+        lines.append(f"{found.metric} on the samples that decide: {found.before:.4g} -> {found.after:.4g}")
+    return Done(lines, {**step.settings})

@@ -2,23 +2,22 @@
 
 Speed first, for a pruned network is quantized as well as any, and a quantized one can no longer be pruned. What is
 cheap is tried before what is dear: exact rewrites, fits, tuning and training. Of ways to the same goal the one that
-loses less is kept; where all lose too much, the goal is approached by bisection.
+loses less is kept. Where codebooks then lose too much, the next way to the same speed that loses less takes its place;
+where all do, the goal is approached by bisection, and of all that was tried the nearest is the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnxcompress.compression.attempts import Attempt, Attempts
 from onnxcompress.compression.goal import Goal, Limit
-from onnxcompress.compression.point import Point, allowed_share, reached
+from onnxcompress.compression.point import Point, allowed_share, excess, reached
 from onnxcompress.compression.recipe import Step
-from onnxcompress.compression.settings import GOALS
 from onnxcompress.compression.wording import drop_text, goal_figure
-from onnxcompress.errors import OnnxCompressError, RecipeError
 
 FITS_ALONE = "supernet,search"
 TRAINED = "supernet,search,train"
@@ -27,10 +26,17 @@ TRAINING_STEPS, TRAINING_BATCH, TRAINING_EPOCHS = 400, 64, 4  # at least so many
 WIDTHS = (0.7, 0.5, 0.35)  # of the MACs, where quantizing alone cannot reach a size
 BISECTIONS = 3  # of speed
 SIZE_BISECTIONS = 4
+DROP_TRIALS = 3  # of the drop that quantize is told, where it is larger on the samples that judge
+SMALLER = 1.5  # times, from one tuned file to the next, where the smallest is looked for
+TUNED_TRIALS = 4
+CLOSE_SIZE = 1.25  # from the smallest that lost too much, where the search for the smallest file ends
 LATENCY_TRIALS = 4  # of a width, until latency is as wished
 CLOSE = 0.93  # of the latency that is allowed: near enough
 AIM = 0.98
 NOISE = 0.98  # a latency above this share of the one before brings nothing
+
+
+Way = Callable[[Limit, float, Attempt, str], Attempt]
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Strategy:
     def run(self) -> Attempt:
         """The attempt that reaches the goal, or the nearest to it."""
         current = self.original
-        if self.reached(current):
+        if self.goal.limits and self.reached(current):
             return current
         exact = self._try("optimize", {}, current, "exact rewrites lose nothing")
         if exact.point is not None and self._within(exact):
@@ -91,58 +97,108 @@ class Strategy:
                 self.exact = current = exact
             else:
                 exact.verdict = "it brings nothing of what is wished"
+        if self.goal.is_smallest:
+            return self._smallest(current)
+        levels: Iterator[Attempt] = iter(())
         for limit in (self.goal.macs, self.goal.latency):
             if limit is not None and not self._meets(current, limit):
-                current = self._faster(limit, current)
-                if not self._meets(current, limit):
-                    return current
+                levels = self._levels(limit, current)
+                found = next(levels, None)
+                current = found or self._approach(limit, current)
+                if found is None:
+                    return self._nearest(self._with_size(current))
         if self.goal.size is not None and not self._meets(current, self.goal.size):
-            current = self._smaller(self.goal.size, current)
-        return current
+            current = self._smaller(self.goal.size, current, levels)
+        return current if self.reached(current) else self._nearest(current)
+
+    def _with_size(self, current: Attempt) -> Attempt:
+        """The size that was wished, though the speed is out of reach."""
+        limit = self.goal.size
+        if limit is None or self._meets(current, limit):
+            return current
+        found, _ = self._at_size(self._bytes(limit), current)
+        return found if found.point is not None and self._within(found) else current
+
+    def _bytes(self, limit: Limit) -> int:
+        return int(limit.allowed(self.original.found.size_bytes))
 
     def reached(self, attempt: Attempt) -> bool:
         """Whether an attempt is what was wished."""
         return attempt.point is not None and reached(self.goal, attempt.point, self.original.found)
 
+    def _nearest(self, last: Attempt) -> Attempt:
+        """Of all that lose no more than allowed, the one nearest to the limits."""
+        done = [attempt for attempt in self.attempts.tried if attempt.point is not None]
+        allowed = [attempt for attempt in [last, self.original, *done] if attempt.found.within(self.goal.drop)]
+
+        def away(attempt: Attempt) -> tuple[float, float]:
+            return excess(self.goal, attempt.found, self.original.found), attempt.found.loss
+
+        return min(allowed, key=away)
+
     # -- speed -------------------------------------------------------------------------------------------------------
 
-    def _faster(self, limit: Limit, current: Attempt) -> Attempt:
-        """Fewer MACs or less time."""
-        base = self._before_passes(current)
-        share = self._share(limit, base)
+    def _levels(self, limit: Limit, current: Attempt) -> Iterator[Attempt]:
+        """Ways to fewer MACs or less time, the cheap ones first; each loses less than the one before."""
+        base, share = self._from(limit, current)
         ways = self._ways(limit)
-        best = self._best([way(limit, share, base, "fits alone") for way in ways], limit)
-        if best is None and len(ways) > 1:
+        found: list[Attempt] = []
+        last = math.inf
+        for level in self._tries(limit, share, base, current, ways, found):
+            found += level
+            best = self._best(found, limit) if level else None
+            if best is not None and best.found.loss < last:
+                last = best.found.loss
+                yield best
+
+    def _tries(
+        self, limit: Limit, share: float, base: Attempt, current: Attempt, ways: Sequence[Way], found: list[Attempt]
+    ) -> Iterator[list[Attempt]]:
+        """What is tried together; ``found`` is what was tried before."""
+        yield [way(limit, share, base, "fits alone") for way in ways]
+        if len(ways) > 1:
             # Half of the way by each, from where exact rewrites end.
             start = min(1.0, self._figure(limit, current) / self._figure(limit, base))
             half = self._depth(limit, math.sqrt(share * start), base, "half of the way, the rest by channels")
             if half.point is not None and self._within(half):
                 rest = self._share(limit, half)
-                best = self._best([half if rest >= 1 else self._width(limit, rest, half, "the other half")], limit)
-        if best is None and self.means.can_train and self._allowed("prune-depth"):
-            best = self._best([self._trained(limit, share, base)], limit)
-        if best is None and self.means.can_train:
-            best = self._best([self._scaled(limit, share, base)], limit)
-        if best is not None:
-            return best
-        return self._approach(limit, share, base, current, ways)
+                yield [half if rest >= 1 else self._width(limit, rest, half, "the other half")]
+        if self.means.can_train:
+            yield self._finetuned([one for one in found if one.point is not None and self._meets(one, limit)])
+            if self._allowed("prune-depth"):
+                yield [self._trained(limit, share, base)]
+            yield [self._scaled(limit, share, base)]
 
-    def _approach(self, limit: Limit, share: float, base: Attempt, current: Attempt, ways: Sequence[Any]) -> Attempt:
+    def _finetuned(self, found: Sequence[Attempt]) -> list[Attempt]:
+        """Training wins back what fits cannot, of what lost least."""
+        least = min(found, key=lambda attempt: attempt.found.loss, default=None)
+        if least is None or not self.means.can_train:
+            return []
+        settings = {key: value for key, value in self.means.training.items() if key != "stages"}
+        return [self._try("finetune", settings, least, f"{drop_text(least.found)} after fits alone: with training")]
+
+    def _approach(self, limit: Limit, current: Attempt) -> Attempt:
         """The nearest to a speed that loses no more than allowed."""
+        base, share = self._from(limit, current)
+        ways = self._ways(limit)
         low, high, nearest = share, min(1.0, self._figure(limit, current) / self._figure(limit, base)), current
         for _ in range(BISECTIONS if ways else 0):
             middle = math.sqrt(low * high)
-            found = [
-                way(limit, middle, base, f"back to {middle:.3f}x, as {share:.3f}x is out of reach") for way in ways
-            ]
-            best = self._best(found)
+            why = f"back to {middle:.3f}x, as {share:.3f}x is out of reach"
+            found = [attempt for way in ways if (attempt := way(limit, middle, base, why)).point is not None]
+            best = self._best(found) or self._best(self._finetuned(found))
             if best is None:
                 low = middle
             else:
                 nearest, high = best, min(middle, self._figure(limit, best) / self._figure(limit, base))
         return nearest
 
-    def _ways(self, limit: Limit) -> list[Callable[[Limit, float, Attempt, str], Attempt]]:
+    def _from(self, limit: Limit, current: Attempt) -> tuple[Attempt, float]:
+        """Where pruning begins, and the share of it that is to be left."""
+        base = self._before_passes(current)
+        return base, self._share(limit, base)
+
+    def _ways(self, limit: Limit) -> list[Way]:
         if not self.means.data:
             return []
         return [*([self._depth] if self.means.torch else []), self._width]
@@ -158,7 +214,7 @@ class Strategy:
 
     def _trained(self, limit: Limit, share: float, base: Attempt) -> Attempt:
         settings = {**self.means.training, **self._wish(limit, share, base)}
-        return self._try("prune-depth", settings, base, "fits alone lose too much: with training")
+        return self._try("prune-depth", settings, base, "blocks, trained while they are still whole")
 
     def _scaled(self, limit: Limit, share: float, base: Attempt) -> Attempt:
         settings = {key: value for key, value in self.means.training.items() if key != "stages"}
@@ -199,20 +255,53 @@ class Strategy:
 
     # -- size --------------------------------------------------------------------------------------------------------
 
-    def _smaller(self, limit: Limit, current: Attempt) -> Attempt:
-        """Fewer bytes."""
+    def _smaller(self, limit: Limit, current: Attempt, levels: Iterator[Attempt]) -> Attempt:
+        """Fewer bytes; of what loses less at the same speed, where codebooks would lose too much."""
+        size = self._bytes(limit)
+        found, base = self._at_size(size, current)
+        while found.point is not None and not self._within(found) and (current.found.drop or 0.0) > 0:
+            gentler = next(levels, None)
+            if gentler is None:
+                break
+            current = gentler
+            found, base = self._at_size(size, current)
+        if found.point is not None and self._within(found):
+            return found
+        return self._approach_size(size, base, current)
+
+    def _at_size(self, size: int, current: Attempt) -> tuple[Attempt, Attempt]:
+        """Codebooks within a size, tuned where they lose too much; and what they were made of."""
         base = self._before_passes(current)
-        size = int(limit.allowed(self.original.found.size_bytes))
         plain = self._quantized(size, base, "codebooks within the bytes that are wished")
         if plain.point is None and self.means.data:
             plain, base = self._narrower(size, plain, base, current)
-        if plain.point is not None and self._within(plain):
-            return plain
-        if plain.point is not None and self._can_tune:
-            tuned = self._quantized(size, base, "codebooks alone lose too much: tuned together", tune=True)
-            if tuned.point is not None and self._within(tuned):
-                return tuned
-        return self._approach_size(size, base, current)
+        if plain.point is None or self._within(plain) or not self._can_tune:
+            return plain, base
+        return self._quantized(size, base, "codebooks alone lose too much: tuned together", tune=True), base
+
+    def _smallest(self, current: Attempt) -> Attempt:
+        """The smallest file within the drop: quantize looks for it, and tuned files are made smaller from there."""
+        base, nearest = self._before_passes(current), current
+        assert self.goal.drop is not None
+        allowed = self.goal.drop
+        for _ in range(DROP_TRIALS):
+            told = {"max-drop": f"{allowed:g}"}
+            found = self._try("quantize", told, base, f"the smallest file of which quantize sees {allowed:.2%} lost")
+            if found.point is None or self._within(found):
+                nearest = nearest if found.point is None else found
+                break
+            allowed /= 2
+        low, high = 0.0, float(nearest.found.size_bytes)
+        for _ in range(TUNED_TRIALS if self._can_tune else 0):
+            middle = int(math.sqrt(low * high) if low else high / SMALLER)
+            if low and high < low * CLOSE_SIZE:
+                break
+            found = self._quantized(middle, base, f"fewer bytes, {middle:,}, may do when all are tuned", tune=True)
+            if found.point is not None and self._within(found):
+                nearest, high = found, float(found.found.size_bytes)
+            else:
+                low = float(middle)
+        return nearest
 
     def _narrower(self, size: int, plain: Attempt, base: Attempt, current: Attempt) -> tuple[Attempt, Attempt]:
         """Quantize what has fewer channels: the file holds more than weights."""
@@ -221,6 +310,8 @@ class Strategy:
             narrow = self._try(
                 "prune-width", settings, base, "quantizing alone does not reach the size: fewer channels"
             )
+            if narrow.point is not None and not self._within(narrow):
+                narrow = next(iter(self._finetuned([narrow])), narrow)
             if narrow.point is None or not self._within(narrow):
                 break
             found = self._quantized(size, narrow, f"codebooks for {share:g} of the MACs")
@@ -316,67 +407,9 @@ def _worse(attempt: Attempt, best: Attempt) -> str:
     return f"{drop_text(attempt.found)}, step {best.number}'s by {drop}"
 
 
-class StepError(OnnxCompressError):
-    """A step that was written down cannot be done, and there is no goal that could be reached without it."""
-
-    exit_code = 1
-
-
-class Script:
-    """Does the steps that a user wrote, in their order; those that cost more than they bring are backed out.
-
-    Args:
-        attempts: Does and measures steps.
-        goal: Ends the run where it is reached; None runs all.
-        steps: What to do.
-    """
-
-    def __init__(self, attempts: Attempts, goal: Goal | None, steps: Sequence[Step]) -> None:
-        self.attempts, self.goal, self.steps = attempts, goal, steps
-        self.original = attempts.original
-
-    def run(self) -> Attempt:
-        """The last attempt that was kept."""
-        current = self.original
-        for number, step in enumerate(self.steps, 1):
-            if self.goal is not None and reached(self.goal, current.found, self.original.found):
-                break
-            filled = self._with_goal(step, current, number)
-            found = self.attempts.attempt(filled, current, f"step {number} of the recipe", planned=False)
-            if found.point is None and self.goal is None:
-                raise StepError(f"step {number}, {filled.text}: {found.failure}")
-            if found.point is None:
-                continue
-            drop = None if self.goal is None else self.goal.drop
-            if not found.found.within(drop):
-                found.verdict = f"{drop_text(found.found)}, allowed {drop:.2%}"
-            elif not brings(current.found, found.found, self.goal):
-                found.verdict = "it brings nothing of what is wished"
-            else:
-                current = found
-        return current
-
-    def _with_goal(self, step: Step, current: Attempt, number: int) -> Step:
-        """A step without a goal gets what the goal of the recipe still needs."""
-        if not GOALS[step.verb] or any(key in step.settings for key in GOALS[step.verb]):
-            return step
-        original = self.original.found
-        for limit in [] if self.goal is None else self.goal.limits:
-            if limit.key not in GOALS[step.verb] or current.found.meets(limit, original):
-                continue
-            if limit.key == "latency":
-                share = allowed_share(limit, current.found) / current.found.latency_share
-                return Step(step.verb, {**step.settings, "latency": f"{share:.4f}x"})
-            return Step(step.verb, {**step.settings, limit.key: str(int(limit.allowed(original.figure(limit.key))))})
-        if step.verb == "quantize":
-            return step  # the smallest whose outputs are predicted to be off by 10 %
-        names = " or ".join(GOALS[step.verb])
-        raise RecipeError(f"step {number}, {step.verb}: nothing says how far: give it {names}, or the recipe a goal")
-
-
 def brings(before: Point, after: Point, goal: Goal | None) -> bool:
     """Whether a step brought something of what is wished; without a goal, anything."""
-    keys = ["size", "macs", "latency"] if goal is None else [limit.key for limit in goal.limits]
+    keys = ["size", "macs", "latency"] if goal is None else [limit.key for limit in goal.limits] or ["size"]
     gains = {
         "size": after.size_bytes < before.size_bytes,
         "macs": after.macs < before.macs,

@@ -29,6 +29,8 @@ def goal_figure(limit: Limit, point: Point, original: Point) -> str:
 def nearest_text(goal: Goal, point: Point, original: Point) -> str:
     """Where a point stands in all that was wished."""
     figures = [goal_figure(limit, point, original) for limit in goal.limits]
+    if goal.is_smallest:
+        figures.append(f"size {original.size_bytes / point.size_bytes:.2f}x")
     if point.drop is not None:
         figures.append(drop_text(point))
     return ", ".join(figures)

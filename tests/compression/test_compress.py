@@ -107,7 +107,10 @@ def test_what_is_out_of_reach_is_exit_code_1_and_the_nearest_is_named(folder, sa
     monkeypatch.setattr(strategy, "BISECTIONS", 1)
     arguments = [DIGITS, "--data", samples / "train.npz", "--goal", "macs=0.01x", "-o", "a.onnx"]
     code, out, err = call(*arguments, "--report", "r.md", capsys=capsys)
-    assert code == 1 and err.count("\n") == 1 and "macs=0.01x is out of reach; the nearest is macs 0." in err
+    *steps, failure = err.splitlines()
+    assert code == 1 and "macs=0.01x is out of reach; the nearest is macs 0." in failure
+    assert steps[0].startswith("step 1, optimize: 239,")
+    assert all(step.startswith(f"step {number}, ") for number, step in enumerate(steps, 1))
     assert "nothing was written" in out and "failed: " in out
     assert [path.name for path in folder.iterdir()] == ["r.md"]
     assert "not reached" in (folder / "r.md").read_text()
@@ -116,7 +119,7 @@ def test_what_is_out_of_reach_is_exit_code_1_and_the_nearest_is_named(folder, sa
 def test_the_nearest_is_written_if_asked(folder, capsys):
     arguments = [DIGITS, "--data", "none", "--goal", "macs=0.1x", "-o", "a.onnx", "--nearest", "-q"]
     code, _, err = call(*arguments, capsys=capsys)
-    assert code == 1 and "(optimize); it is in a.onnx" in err
+    assert code == 1 and "(optimize); it is in a.onnx" in err and err.count("\n") == 1
     before, after = (count(graph_of(onnx.load(path))).macs for path in (DIGITS, folder / "a.onnx"))
     assert f"macs {after / before:.3f}x" in err and after < before
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from onnxcompress.compression.goal import Goal, goal_of, parse_goal
-from onnxcompress.compression.point import Point, reached
+from onnxcompress.compression.point import Point, excess, reached
+from onnxcompress.compression.wording import nearest_text
 from onnxcompress.errors import RecipeError
 from onnxcompress.measure import LatencyFigures
 
@@ -58,7 +61,6 @@ def test_a_goal_of_several_keys_is_what_it_says_it_is():
         ("size=0x", "at least 1"),
         ("size=0", "more than 0"),
         ("size=2x, size=3x", "given twice"),
-        ("drop=1%", "quantize --max-drop"),
         ("", "nothing to reach"),
     ],
 )
@@ -87,6 +89,28 @@ def test_a_near_miss_is_refused_with_the_way_out(text, said):
 )
 def test_a_goal_is_reached_when_all_of_it_is(goal, found, is_reached):
     assert reached(parse_goal(goal), found, point()) is is_reached
+
+
+def test_a_drop_alone_asks_for_the_smallest_file():
+    goal = parse_goal("drop=1%")
+    assert goal.is_smallest and goal.text == "drop=1%" and not parse_goal("size=2x, drop=1%").is_smallest
+    found = nearest_text(goal, point(size=250, drop=0.005), point())
+    assert found == "size 4.00x, top1 drops by 0.50%"
+
+
+@pytest.mark.parametrize(
+    ("goal", "found", "away"),
+    [
+        ("size=10x", point(size=100), 1.0),
+        ("size=10x", point(size=200), 2.0),
+        ("size=200", point(size=300), 1.5),
+        ("size=10x, latency=0.5x", point(size=200, ratio=1.0), 4.0),
+        ("size=10x, macs=0.5x", point(size=50, macs=750), 1.5),  # more than is wished of one makes up for nothing
+        ("latency=1ms", point(ratio=1.6), 1.25),
+    ],
+)
+def test_how_far_a_point_is_from_a_goal(goal, found, away):
+    assert math.exp(excess(parse_goal(goal), found, point())) == pytest.approx(away)
 
 
 def test_a_goal_without_limits_is_reached_by_anything():

@@ -33,7 +33,7 @@ tune = "joint"
 # Options that say where, how loud, or what only to show; teachers and places are those of the run.
 NOT_A_SETTING = {
     "output", "in-place", "report", "json", "quiet", "dry-run", "resume", "list-passes", "list-groups", "list-blocks",
-    "check", "latency", "input-shape", "batch", "checkpoint", "help",
+    "check", "latency", "input-shape", "batch", "checkpoint", "checkpoint-every", "tensorboard", "help",
 }  # fmt: skip
 
 
