@@ -9,8 +9,10 @@ One JSON row a run, appended as it ends: what is in the file is not run again, s
 once a run. All arms of a seed share its ladders, and each is pruned at once from the original, fitted and trained for
 as long; their exact MACs are within 3 % below the goal where the axis has such a level.
 
-    predictor                  what the tool chooses: the best of its finalists
-    first                      what its predictor would choose alone
+    predictor                  what the tool gives: of its finalists, trained to the end, the one with the least loss
+    raced                      the candidate that was best after its short training
+    second                     the next one
+    first                      what the predictor would choose alone
     product                    what the three fits alone would choose
     depth width resolution     one axis alone; left out where it does not reach the goal
     equal                      each axis saves as much
@@ -54,8 +56,9 @@ DIRECTIONS = {
     "equal": (1.0, 1.0, 1.0),
     "efficientnet": EFFICIENTNET,
 }
+FINALISTS = ("raced", "second")
 RANDOM = ("random1", "random2", "random3")
-ARMS = ("predictor", "first", "product", *DIRECTIONS, *RANDOM)
+ARMS = ("predictor", "raced", "second", "first", "product", *DIRECTIONS, *RANDOM)
 HELD_OUT = 5  # one sample in so many
 BAND = 0.03  # of the MACs, below the goal
 
@@ -86,7 +89,8 @@ class Bench:
             rounds=arguments.rounds,
             mixed=arguments.mixed,
             round_epochs=arguments.round_epochs,
-            finalists=arguments.finalists,
+            candidates=arguments.candidates,
+            finalists=2,
             depth_ranking=arguments.rank_blocks,
             width_ranking=arguments.rank_channels,
             round_to=arguments.round_to,
@@ -117,7 +121,7 @@ class Bench:
             "triples": triples,
             "expected": dict(zip(triples, expected.tolist(), strict=True)),
             "product": dict(zip(triples, product.tolist(), strict=True)),
-            "collecting": sum(point.seconds for point in (*decision.points, *decision.finals)),
+            "collecting": sum(point.seconds for point in (*decision.points, *decision.candidates)),
             "wall": time.monotonic() - start,
         }
         return row, triples
@@ -128,10 +132,9 @@ class Bench:
         within = table.within(limit, last=last)
         band = [levels for levels in within if table.cost(levels) >= (1 - BAND) * limit]
         largest = table.largest(within)
-        found = {"predictor": decision.chosen}
-        if decision.finals:
-            found["first"] = decision.finals[0].levels
         assert job.predictor is not None
+        found = {arm: point.levels for arm, point in zip(FINALISTS, job.finalists(decision), strict=False)}
+        found["first"] = largest[job.predictor.best(*job.coordinates(largest))]
         plain = replace(job.predictor, correction=None)
         found["product"] = largest[plain.best(*job.coordinates(largest))]
         for arm, direction in DIRECTIONS.items():
@@ -162,6 +165,7 @@ class Bench:
             "accuracy": after,
             "original_accuracy": before,
             "val": found.after,
+            "loss": found.finalists[0].loss,
             "fitted": found.fitted,
             "macs": found.figures_after.macs,
             "share": found.figures_after.macs / found.figures_before.macs,
@@ -305,7 +309,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--mixed", type=int, default=3)
     parser.add_argument("--round-epochs", type=float, default=1)
-    parser.add_argument("--finalists", type=int, default=4)
+    parser.add_argument("--candidates", type=int, default=6)
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--rank-blocks", choices=("fits", "probes"), default="fits")
     parser.add_argument("--rank-channels", choices=("data", "magnitude"), default="data")
@@ -350,6 +354,10 @@ def main() -> None:
             # Two arms may be one network.
             same = next((done[a] for a in triples if a in done and triples[a] == triples[arm]), None)
             write(arm, bench.run(arm, triples[arm]) if same is None else {**same, "same_as": same["arm"]})
+        finalists = [done[arm] for arm in FINALISTS if arm in done]
+        if "predictor" in arms and "predictor" not in done and finalists:
+            best = min(finalists, key=lambda row: row["loss"])
+            write("predictor", {**best, "same_as": best["arm"]})
 
 
 if __name__ == "__main__":

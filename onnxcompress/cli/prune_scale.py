@@ -38,11 +38,14 @@ from onnxcompress.errors import RecipeError
     "--mixed", type=click.IntRange(min=0), default=3, show_default=True, help="Points pruned along several axes."
 )
 @click.option(
-    "--finalists",
+    "--candidates",
     type=POSITIVE,
-    default=4,
+    default=6,
     show_default=True,
-    help="Networks that a quarter of the training decides between; 1 leaves it to the predictor.",
+    help="Networks that are trained for a while before one is chosen; 1 leaves it to the predictor.",
+)
+@click.option(
+    "--finalists", type=POSITIVE, default=2, show_default=True, help="So many of them are trained to the end."
 )
 @click.option("--dry-run", is_flag=True, help="Print the points with expected cost and time, and do nothing.")
 @click.option(
@@ -178,7 +181,8 @@ def _options(wishes: dict[str, Any]) -> Any:
         val=wishes["val"] or "",
         goal=goal,
         axes=parse_axes(wishes["axes"]),
-        **take("rounds", "mixed", "round_epochs", "finalists", "depth_ranking", "width_ranking", "only", "skip"),
+        **take("rounds", "mixed", "round_epochs", "candidates", "finalists", "depth_ranking"),
+        **take("width_ranking", "only", "skip"),
         **take("round_to", "min_keep", "native", "teacher", "calibration", "jobs", "dask", "augment", "preprocess"),
         **take("limit", "tolerance", "threads", "checkpoint", "resume"),
         wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),

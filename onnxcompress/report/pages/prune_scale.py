@@ -141,7 +141,7 @@ def _choice(found: Mapping[str, Any], metric: str) -> Section:
         [text("allowed"), number(found["limit"], ".3f")],
         [text("networks within the limit"), number(found["triples"])],
         [text("points measured"), number(len(found["points"]))],
-        [text("finalists that were trained for a while"), number(len(found.get("finals", ())))],
+        [text("candidates that were trained for a while"), number(len(found["candidates"]))],
         [text("seconds of collecting"), number(found["seconds"], ",.0f")],
     ]
     sizes = [
@@ -185,8 +185,8 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 
 def _collected(found: Mapping[str, Any], metric: str) -> Section:
     series = []
-    everything = [*found["points"], *found.get("finals", ())]
-    for axis in (*AXES, "mixed", "final"):
+    everything = [*found["points"], *(point for point in found["candidates"] if point["axis"] == "candidate")]
+    for axis in (*AXES, "mixed", "candidate"):
         points = [
             Point(point["cost"], point["figure"], point["name"])
             for point in everything
@@ -207,7 +207,7 @@ def _collected(found: Mapping[str, Any], metric: str) -> Section:
             number(point["cost"], ".3f"),
             metric_cell(metric, point["fitted"]),
             metric_cell(metric, point["figure"]),
-            number(point.get("loss"), ".4g"),
+            number(point["loss"], ".4g"),
             number(point["seconds"], ",.0f"),
         ]
         for point in everything

@@ -53,7 +53,7 @@ def plan_lines(plan: ScalePlan) -> list[str]:
             lines.append(f"{axis}: {found['levels']} levels down to {size:.3f}, alone {cost:.3f}x")
     lines.append(
         f"{plan.triples:,} triples within the goal; {len(plan.points)} points on the axes, {plan.mixed} off them, "
-        + (f"{plan.finalists} finalists" if plan.finalists > 1 else "the predictor alone decides")
+        + (f"{plan.candidates} candidates or more for the result" if plan.candidates > 1 else "one for the result")
     )
     times = ", ".join(f"{stage} {_time_text(seconds)}" for stage, seconds in plan.seconds.items())
     lines.append(f"expected time: {times}; {_time_text(sum(plan.seconds.values()))} in all, fits not counted")
@@ -72,9 +72,8 @@ def decision_lines(decision: Decision) -> list[str]:
     if decision.off_axis_error is not None:
         count = sum(point.axis == "mixed" for point in decision.points)
         lines.append(f"off the axes the {decision.form} was off by {decision.off_axis_error:.2g} (rms of {count})")
-    if decision.finals:
-        losses = ", ".join(f"{point.name} {point.loss:.4g}" for point in decision.finals)
-        lines.append(f"{len(decision.finals)} finalists, the predictor's first; loss on validation samples: {losses}")
+    if decision.candidates:
+        lines.append(f"{len(decision.candidates)} candidates were trained for a while: {_losses(decision.candidates)}")
     lines += [f"{axis} was not pruned: {reason}" for axis, reason in decision.refusals.items()]
     return lines
 
@@ -116,6 +115,8 @@ def result_lines(result: ScaleResult) -> list[str]:
     lines = [f"{result.source} -> {result.output}; goal: {result.goal}; learned from {result.learned_from}"]
     if result.decision is not None:
         lines += decision_lines(result.decision)
+    if len(result.finalists) > 1:
+        lines.append(f"{len(result.finalists)} of them were trained to the end: {_losses(result.finalists)}")
     gone = sum(whole - kept for kept, whole in result.channels.values())
     lines.append(
         f"{len(result.deleted)} blocks deleted, {gone} channels removed from {len(result.channels)} groups, "
@@ -138,7 +139,7 @@ def result_markdown(result: ScaleResult) -> str:
     parts += _table(FIGURE_HEADER, figure_rows(result))
     if result.decision is not None:
         parts.append("\n## Points\n")
-        parts += _table(POINT_HEADER, point_rows([*result.decision.points, *result.decision.finals]))
+        parts += _table(POINT_HEADER, point_rows(_measured(result)))
         parts.append("\n## Fits\n")
         parts += _table(FIT_HEADER, fit_rows(list(result.decision.fits.values())))
         parts.append("\n## Conditions of Karush, Kuhn and Tucker\n")
@@ -150,6 +151,20 @@ def result_markdown(result: ScaleResult) -> str:
         parts += _table(("group", "kept", "of"), rows)
     parts.append("\n" + ", ".join(f"{name} {number}" for name, number in environment().items()))
     return "\n".join(parts) + "\n"
+
+
+def _measured(result: ScaleResult) -> list[Point]:
+    assert result.decision is not None
+    raced = [point for point in result.decision.candidates if point.axis == "candidate"]
+    return [*result.decision.points, *raced, *result.finalists]
+
+
+def _losses(points: Sequence[Point]) -> str:
+    """With their loss, or their figure where there is none, the best one first."""
+    with_loss = all(point.loss == point.loss for point in points)
+    levels = (("-".join(map(str, p.levels)), p.loss if with_loss else p.figure) for p in points)
+    text = ", ".join(f"{name} {value:.4g}" for name, value in levels)
+    return f"{text} ({'loss on' if with_loss else 'of'} validation samples)"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

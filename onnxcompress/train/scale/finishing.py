@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from onnxcompress.train.loop import Progress as StepProgress
 from onnxcompress.train.scale.axes import Ladders, scale, structure
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.making import Made, move_weights, prune, train_graph
-from onnxcompress.train.scale.options import Decision, ScaleResult
+from onnxcompress.train.scale.options import Decision, Point, ScaleResult
+from onnxcompress.train.scale.racing import in_order
 from onnxcompress.train.scale.solving import Levels
 from onnxcompress.train.torch_graph import TorchGraph
 from onnxcompress.validation.equivalence import Reference, for_runtime, read_model, run_model
@@ -36,9 +38,27 @@ from onnxcompress.validation.judge import METRIC_TOLERANCE
 from onnxcompress.validation.signature import interface_differences
 
 _COMPARED_BATCHES = 8
+_TRAINING = "train"
 
 StepSay = Callable[[StepProgress], None]
 Shrink = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network that was trained to the end.
+
+    Attributes:
+        levels: Its triple.
+        graph: With its weights.
+        made: Figures of its training.
+        finalists: All that were trained, this one among them.
+    """
+
+    levels: Levels
+    graph: Graph
+    made: Made
+    finalists: list[Point]
 
 
 class Finisher:
@@ -70,7 +90,7 @@ class Finisher:
 
     def make(self, chosen: Levels) -> tuple[Graph, Made]:
         """The original pruned to a triple, fitted and trained; the weights are in the graph."""
-        self.say("pruning and fitting")
+        self.say(f"pruning to {'-'.join(map(str, chosen))} and fitting")
         graph = prune(self.given, self.ladders, chosen)
         self.say("training the pruned network")
         made = train_graph(
@@ -92,11 +112,34 @@ class Finisher:
             "epochs": settings.epochs,
             "steps": settings.steps,
         }
-        return Checkpoint(self.folder / "train", identity, resume=self.options.resume)
+        folder = self.folder / f"{_TRAINING}-{'-'.join(map(str, chosen))}"
+        return Checkpoint(folder, identity, resume=self.options.resume)
 
-    def finish(self, output: Path, chosen: Levels, decision: Decision | None) -> ScaleResult:
+    def race(self, finalists: Sequence[Point]) -> Trained:
+        """Train the finalists, and take the one with the least loss."""
+        best: Trained | None = None
+        done: list[Point] = []
+        for number, point in enumerate(finalists):
+            start = time.monotonic()
+            if len(finalists) > 1:
+                self.say(f"finalist {number + 1} of {len(finalists)}")
+            graph, made = self.make(point.levels)
+            made.twin.to(self.given.device)
+            loss = self.given.loss(made.twin, made.supervision)
+            made.twin.to("cpu")
+            seconds = time.monotonic() - start
+            done.append(replace(point, fitted=made.fitted, figure=made.figure, loss=loss, seconds=seconds))
+            metric = made.supervision.metric
+            assert metric is not None
+            if in_order(done, higher_is_better=metric.higher_is_better)[0] is done[-1]:
+                best = Trained(point.levels, graph, made, done)
+        assert best is not None
+        return best
+
+    def finish(self, output: Path, trained: Trained, decision: Decision | None) -> ScaleResult:
+        """Merge, check and write what was trained."""
         given, options = self.given, self.options
-        graph, made = self.make(chosen)
+        chosen, graph, made = trained.levels, trained.graph, trained.made
         metric, expected, name = made.supervision.metric, made.supervision.expected, made.supervision.output
         assert metric is not None and expected is not None
         wanted, shrink = self._interface(graph, chosen)
@@ -130,6 +173,7 @@ class Finisher:
             metric=metric.name,
             samples=len(given.judged.dataset),
             decision=decision,
+            finalists=trained.finalists,
             deleted=[block.name for block in self.ladders.blocks[: chosen[0]]],
             channels={
                 group: (len(self.ladders.orders[group]) - taken, len(self.ladders.orders[group]))
@@ -232,7 +276,8 @@ class Finisher:
 
     def remove_state(self) -> None:
         """Delete what a run that is done has no use for."""
-        Checkpoint(self.folder / "train", {}).remove()
+        for folder in self.folder.glob(f"{_TRAINING}-*-*-*"):
+            Checkpoint(folder, {}).remove()
         lists = (self.folder / f"{name}.json" for name in ("points", "ladders", "latency"))
         for path in (*self.folder.glob("*-*-*-*.onnx"), *lists):
             path.unlink(missing_ok=True)

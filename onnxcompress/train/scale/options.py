@@ -48,8 +48,9 @@ class ScaleOptions:
         rounds: Steps along each axis down to the goal.
         mixed: Points off the axes.
         round_epochs: Passes over the data after each step; a point off the axes has those of all rounds.
-        finalists: Networks of which a quarter of the whole training says which one is best; with one the predictor
-            alone decides.
+        candidates: Networks that are trained for as long as a point off the axes before one is chosen; with one the
+            predictor alone decides.
+        finalists: The best so many candidates are trained to the end.
         depth_ranking: "fits": what the outputs lose when a block alone goes and the rest is fitted; "probes": what a
             linear probe gains by a block.
         width_ranking: "data" or "magnitude", see ``channels``.
@@ -80,7 +81,8 @@ class ScaleOptions:
     rounds: int = 4
     mixed: int = 3
     round_epochs: float = 1.0
-    finalists: int = 4
+    candidates: int = 6
+    finalists: int = 2
     depth_ranking: str = "fits"
     width_ranking: str = "data"
     only: tuple[str, ...] = ()
@@ -115,8 +117,8 @@ class ScaleOptions:
                 raise RecipeError(f"{name} {value!r}: choose {' or '.join(known)}")
         if self.rounds < 1 or self.mixed < 0:
             raise RecipeError(f"rounds {self.rounds}, mixed {self.mixed}: expected at least 1 and 0")
-        if self.finalists < 1:
-            raise RecipeError(f"finalists {self.finalists}: expected at least 1")
+        if self.finalists < 1 or self.candidates < 1:
+            raise RecipeError(f"candidates {self.candidates}, finalists {self.finalists}: expected at least 1")
         if not 0 < self.round_epochs < math.inf:
             raise RecipeError(f"round epochs {self.round_epochs:g}: expected more than 0")
         if self.calibration < 2:
@@ -132,7 +134,7 @@ class Point:
     """One pruned network.
 
     Attributes:
-        axis: Along which it was pruned, "mixed", or "final" for those of the last choice.
+        axis: Along which it was pruned, "mixed", "candidate" or "finalist".
         levels: In depth, width and resolution.
         sizes: What is left of each.
         macs: Multiply-accumulates.
@@ -142,7 +144,6 @@ class Point:
         loss: What the training makes small, of the validation samples; NaN where they have no labels, and it is of
             labels.
         seconds: That it took; NaN where it is still to come.
-        steps: Of the training of a finalist; 0 for points of the rounds, which are trained as those say.
     """
 
     axis: str
@@ -154,12 +155,10 @@ class Point:
     figure: float = math.nan
     loss: float = math.nan
     seconds: float = math.nan
-    steps: int = 0
 
     @property
     def name(self) -> str:
-        name = f"{self.axis}-{'-'.join(map(str, self.levels))}"
-        return f"{name}-of-{self.steps}-steps" if self.steps else name
+        return f"{self.axis}-{'-'.join(map(str, self.levels))}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,8 @@ class ScalePlan:
         original_macs: Of the input.
         points: On the axes, in the order of the rounds.
         mixed: Points off the axes that would follow.
-        finalists: Networks of the last choice.
+        candidates: Networks that would be trained for a while, and
+        finalists: to the end.
         axes: By axis the smallest size, what it costs alone, and why it cannot be pruned.
         triples: Networks within the goal.
         seconds: Expected for each part.
@@ -200,6 +200,7 @@ class ScalePlan:
     original_macs: int
     points: list[Point]
     mixed: int
+    candidates: int
     finalists: int
     axes: dict[str, dict[str, Any]]
     triples: int
@@ -222,7 +223,7 @@ class Decision:
         form: How the axes are put together: "product" or "sum".
         fits: By axis.
         points: All that the predictor was fed with.
-        finals: Networks that were trained for the last choice; none where the predictor alone decided.
+        candidates: Networks that were trained for a while, the best one first; none where the predictor alone decided.
         chosen: Levels.
         sizes: What is left of each axis.
         predicted: Figure expected there.
@@ -244,7 +245,7 @@ class Decision:
     form: str
     fits: dict[str, AxisFit]
     points: list[Point]
-    finals: list[Point]
+    candidates: list[Point]
     chosen: Levels
     sizes: tuple[float, float, float]
     predicted: float
@@ -263,7 +264,7 @@ class Decision:
         plain |= {
             "fits": [fit.as_dict() for fit in self.fits.values()],
             "points": [{**dataclasses.asdict(point), "name": point.name} for point in self.points],
-            "finals": [{**dataclasses.asdict(point), "name": point.name} for point in self.finals],
+            "candidates": [{**dataclasses.asdict(point), "name": point.name} for point in self.candidates],
             "check": dataclasses.asdict(self.check),
         }
         found: dict[str, Any] = finite(plain)
@@ -280,6 +281,7 @@ class ScaleResult:
         goal: In words.
         learned_from: In words.
         decision: How the triple was chosen; None where it was given.
+        finalists: Networks that were trained to the end; the one with the least loss is the result.
         deleted: Names of the blocks that went.
         channels: Kept and all channels of each group that lost any.
         pixels: Height of what the network computes on, before and after.
@@ -302,6 +304,7 @@ class ScaleResult:
     metric: str
     samples: int
     decision: Decision | None
+    finalists: list[Point]
     deleted: list[str]
     channels: dict[str, tuple[int, int]]
     pixels: tuple[int, int]

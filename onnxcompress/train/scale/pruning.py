@@ -3,8 +3,8 @@
     ladders    in which order blocks and channels go, and how many pixels can; the MACs of every triple
     collect    networks pruned along each axis alone, in rounds, and a few that are pruned along several
     predict    the figure of every triple, by a product of three fits and what the others say of it
-    choose     the best triple within the goal: the most promising ones are trained for a while
-    train      the original pruned to it, fitted, trained with distillation
+    race       the most promising triples within the goal, each trained for a while
+    train      the original pruned to the best of them, fitted, trained with distillation; the better one stays
     merge      the ordinary passes; onnxruntime confirms the result
 
 Ladders, points and the training are kept in the checkpoint folder: a run that was stopped goes on with the same
@@ -42,11 +42,11 @@ from onnxcompress.train.depth.offers import BudgetError
 from onnxcompress.train.depth.search import write_whole
 from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, structure, width_ladder
 from onnxcompress.train.scale.collecting import WAY_OUT, Collector, axis_points, point_at
-from onnxcompress.train.scale.finals import SHARE, finalists, winner
 from onnxcompress.train.scale.finishing import Finisher, StepSay, compare
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOptions, ScalePlan, ScaleResult
 from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
+from onnxcompress.train.scale.racing import candidates, in_order
 from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
 from onnxcompress.train.scale.solving import Levels, cross_check
 from onnxcompress.train.scale.timing import LatencyTable
@@ -140,12 +140,20 @@ class Job:
         self._told(Progress(text, 0, 0, None))
 
     def run(self, output: Path, chosen: Levels | None = None) -> ScaleResult:
-        decision = None
-        if chosen is None:
-            decision = self.decide()
-            chosen = decision.chosen
+        """Choose, train and write; with ``chosen`` that triple."""
         finisher = Finisher(self.given, self.ladders, self.limit, self.folder, self.say, self.steps)
-        return replace(finisher.finish(output, chosen, decision), seconds=time.monotonic() - self.start)
+        if chosen is not None:
+            found = finisher.finish(output, finisher.race([point_at(self.table, "finalist", chosen)]), None)
+        else:
+            decision = self.decide()
+            trained = finisher.race(self.finalists(decision))
+            found = finisher.finish(output, trained, self.settled(decision, trained.levels))
+        return replace(found, seconds=time.monotonic() - self.start)
+
+    def finalists(self, decision: Decision) -> list[Point]:
+        """Networks to train to the end."""
+        triples = [point.levels for point in decision.candidates[: self.options.finalists]] or [decision.chosen]
+        return [point_at(self.table, "finalist", levels) for levels in triples]
 
     # -- ladders -------------------------------------------------------------------------------------------------------
 
@@ -222,7 +230,7 @@ class Job:
         """By axis the last level that is measured."""
         return {axis: max(p.levels[AXES.index(axis)] for p in found) for axis, found in points.items() if found}
 
-    def candidates(self, points: Mapping[str, Sequence[Point]]) -> list[Levels]:
+    def triples(self, points: Mapping[str, Sequence[Point]]) -> list[Levels]:
         """Triples within the goal, as far as the points on the axes go.
 
         Raises:
@@ -249,9 +257,9 @@ class Job:
         start = time.monotonic()
         options, given = self.options, self.given
         points = axis_points(self.table, self.limit, options)
-        self.candidates(points)  # before anything is trained
+        self.triples(points)  # before anything is trained
         several = len([axis for axis in points if points[axis]]) > 1
-        total = sum(map(len, points.values())) + (options.mixed + options.finalists if several else 0)
+        total = sum(map(len, points.values())) + (options.mixed + options.candidates if several else 0)
         identity = given.identity() | {"mixed": options.mixed}
         with Collector(given, self.ladders, self.folder, identity, total, self._told) as collector:
             measured: dict[str, list[Point]] = {axis: [] for axis in points}
@@ -276,14 +284,14 @@ class Job:
                 predictor = self._predictor(supervision, base, measured, mixed)
             self.predictor = predictor
             chosen = self._choose(predictor, points)
-            finals: list[Point] = []
-            if several and options.finalists > 1:
-                finals = self._finals(collector, predictor, chosen, measured, mixed)
-            if finals:
-                chosen = winner(finals, higher_is_better=predictor.higher_is_better).levels
-        return self._decision(supervision, predictor, measured, mixed, finals, chosen, time.monotonic() - start)
+            raced: list[Point] = []
+            if several and options.candidates > 1:
+                raced = self._race(collector, predictor, chosen, measured, mixed)
+            if raced:
+                chosen = raced[0].levels
+        return self._decision(supervision, predictor, measured, mixed, raced, chosen, time.monotonic() - start)
 
-    def _finals(
+    def _race(
         self,
         collector: Collector,
         predictor: Predictor,
@@ -291,24 +299,16 @@ class Job:
         measured: Mapping[str, Sequence[Point]],
         mixed: Sequence[Point],
     ) -> list[Point]:
-        """The most promising triples, trained for a while."""
+        """The most promising triples, trained for a while; the best one first."""
         everything = [*itertools.chain.from_iterable(measured.values()), *mixed]
-        triples = self.table.largest(self.candidates(measured))
-        count = self.options.finalists
-        levels = finalists(count, best, everything, triples, predictor, self.coordinates, self.is_within)
-        if len(levels) < 2:
-            return []
-        collector.total = len(everything) + len(levels)
-        epochs, steps = self.final_steps / self.given.batches.steps_per_epoch, self.final_steps
-        return collector.collect(
-            [(replace(point_at(self.table, "final", one), steps=steps), None, epochs) for one in levels]
-        )
-
-    @property
-    def final_steps(self) -> int:
-        """Of the training of a finalist: at least as long as a round."""
-        every = self.given.batches.steps_per_epoch
-        return round(max(1, self.options.round_epochs * every, SHARE * self.options.training.total_steps(every)))
+        triples = self.table.largest(self.triples(measured))
+        count, epochs = self.options.candidates, self.options.round_epochs * self.options.rounds
+        chosen = candidates(count, best, everything, triples, predictor, self.coordinates, self.is_within)
+        there = {point.levels: point for point in mixed}
+        wanted = [(point_at(self.table, "candidate", one), None, epochs) for one in chosen if one not in there]
+        collector.total = len(everything) + len(wanted)
+        found = [*collector.collect(wanted), *(there[one] for one in chosen if one in there)]
+        return in_order(found, higher_is_better=predictor.higher_is_better)
 
     def _predictor(
         self,
@@ -353,7 +353,7 @@ class Job:
     ) -> Levels | None:
         """The next triple to measure off the axes: the equal split, then the most promising ones."""
         known = {point.levels for found in (*measured.values(), mixed) for point in found}
-        largest = self.table.largest(self.candidates(measured))
+        largest = self.table.largest(self.triples(measured))
         free = [levels for levels in largest if levels not in known and sum(map(bool, levels)) > 1]
         if not free:
             return None
@@ -363,7 +363,7 @@ class Job:
 
     def _choose(self, predictor: Predictor, points: Mapping[str, Sequence[Point]]) -> Levels:
         """The best triple whose real graph keeps the goal."""
-        left = self.candidates(points)
+        left = self.triples(points)
         for _ in range(_TRIALS):
             largest = self.table.largest(left)  # to prune more than is needed is never better
             best = largest[predictor.best(*self.coordinates(largest))]
@@ -388,25 +388,42 @@ class Job:
         """The structure at a triple, merged; with the weights of the original."""
         return merge(structure(self.given.graph, self.ladders, levels), runtime=self.given.runtime)
 
+    def settled(self, decision: Decision, chosen: Levels) -> Decision:
+        """The decision with another triple."""
+        assert self.predictor is not None
+        measured = {axis: [point for point in decision.points if point.axis == axis] for axis in AXES}
+        return replace(decision, **self._at(self.predictor, measured, chosen))
+
+    def _at(self, predictor: Predictor, measured: Mapping[str, Sequence[Point]], chosen: Levels) -> dict[str, Any]:
+        """What a decision says of its triple."""
+        sizes, places = self.coordinates([chosen])
+        value, deviation = predictor.predict(sizes, places)
+        return {
+            "chosen": chosen,
+            "sizes": self.table.size(chosen),
+            "predicted": float(value[0]),
+            "deviation": float(deviation[0]),
+            "product": float(predictor.product(sizes)[0]),
+            "cost": self.table.cost(chosen) / self.table.original,
+            "check": cross_check(self.table, predictor, chosen, self.limit, self._last(measured)),
+        }
+
     def _decision(
         self,
         supervision: Supervision,
         predictor: Predictor,
         measured: Mapping[str, Sequence[Point]],
         mixed: Sequence[Point],
-        finals: Sequence[Point],
+        raced: Sequence[Point],
         chosen: Levels,
         seconds: float,
     ) -> Decision:
         assert supervision.metric is not None
-        sizes, places = self.coordinates([chosen])
-        value, deviation = predictor.predict(sizes, places)
         off = None
         if mixed:
             there, _ = self.coordinates([point.levels for point in mixed])
             errors = np.array([point.figure for point in mixed]) - predictor.product(there)
             off = float(np.sqrt(np.mean(errors**2)))
-        last = self._last(measured)
         return Decision(
             metric=supervision.metric.name,
             higher_is_better=supervision.metric.higher_is_better,
@@ -415,26 +432,21 @@ class Job:
             form=predictor.form,
             fits=dict(predictor.fits),
             points=[*itertools.chain.from_iterable(measured.values()), *mixed],
-            finals=list(finals),
-            chosen=chosen,
-            sizes=self.table.size(chosen),
-            predicted=float(value[0]),
-            deviation=float(deviation[0]),
-            product=float(predictor.product(sizes)[0]),
+            candidates=list(raced),
             off_axis_error=off,
-            cost=self.table.cost(chosen) / self.table.original,
             limit=self.limit / self.table.original,
-            triples=len(self.candidates(measured)),
-            check=cross_check(self.table, predictor, chosen, self.limit, last),
+            triples=len(self.triples(measured)),
             refusals=dict(self.ladders.refusals),
             seconds=seconds,
+            **self._at(predictor, measured, chosen),
         )
 
     def plan(self) -> ScalePlan:
         points = axis_points(self.table, self.limit, self.options)
-        triples = self.candidates(points)
+        triples = self.triples(points)
         several = len([axis for axis in points if points[axis]]) > 1
-        mixed, finals = (self.options.mixed, self.options.finalists) if several else (0, 1)
+        options = self.options
+        mixed, raced = (options.mixed, options.candidates) if several else (0, 1)
         axes: dict[str, dict[str, Any]] = {}
         for number, axis in enumerate(AXES):
             if axis in self.options.axes:
@@ -450,13 +462,14 @@ class Job:
             original_macs=self.given.figures.macs,
             points=[point for found in points.values() for point in found],
             mixed=mixed,
-            finalists=finals,
+            candidates=raced,
+            finalists=min(raced, options.finalists),
             axes=axes,
             triples=len(triples),
-            seconds=self._expected_seconds(sum(map(len, points.values())), mixed, finals if finals > 1 else 0),
+            seconds=self._expected_seconds(sum(map(len, points.values())), mixed, raced),
         )
 
-    def _expected_seconds(self, points: int, mixed: int, finals: int) -> dict[str, float]:
+    def _expected_seconds(self, points: int, mixed: int, raced: int) -> dict[str, float]:
         """From the time of a step and of a fit of the original."""
         options, given = self.options, self.given
         self.say("timing a step and a fit")
@@ -485,6 +498,6 @@ class Job:
         return {
             "points": points * per_round / min(jobs, max(1, len(self._axes))),
             "mixed": mixed * per_round * options.rounds,
-            "finals": finals * each * self.final_steps / min(jobs, max(1, finals)),
-            "train": each * whole + judging * whole / every,
+            "race": max(0, raced - 1 - mixed) * per_round * options.rounds / min(jobs, max(1, raced)),
+            "train": min(raced, options.finalists) * (each * whole + judging * whole / every),
         }

@@ -35,7 +35,7 @@ OPTIONS = ScaleOptions(
     goal=Goal("macs", 0.5, True),
     rounds=2,
     mixed=1,
-    finalists=3,
+    candidates=3,
     round_epochs=0.4,
     width_ranking="magnitude",
     depth_ranking="probes",
@@ -94,15 +94,27 @@ def test_points_are_networks_of_their_cost(pruned):
 
 
 def test_the_finalist_that_learned_most_is_taken(pruned):
-    decision, folder = pruned[0].decision, pruned[1]
-    finals = decision.finals
-    assert 2 <= len(finals) <= 3 and len({point.levels for point in finals}) == len(finals)
-    assert decision.chosen == min(finals, key=lambda point: point.loss).levels
-    for point in finals:
-        assert point.cost <= 0.5 and point.loss > 0 and point.steps == 7  # those of a round
-        assert (folder / "state" / f"final-{'-'.join(map(str, point.levels))}-of-7-steps.onnx").exists()
-    ends = {axis: [p for p in decision.points if p.axis == axis][-1] for axis in decision.fits}
-    assert finals[1].levels in {p.levels for p in ends.values()} | {p.levels for p in decision.points[-1:]}
+    result, folder, _ = pruned
+    decision, finalists = result.decision, result.finalists
+    raced = decision.candidates
+    assert 2 <= len(raced) <= 4 and len({point.levels for point in raced}) == len(raced)
+    assert [point.loss for point in raced] == sorted(point.loss for point in raced)
+    assert all(point.cost <= 0.5 and point.loss > 0 for point in raced)
+    off = next(point for point in decision.points if point.axis == "mixed")
+    assert off in raced  # it was trained already
+    ends = {[p for p in decision.points if p.axis == axis][-1].levels for axis in decision.fits}
+    assert ends & {point.levels for point in raced}
+    assert [point.levels for point in finalists] == [point.levels for point in raced[:2]]
+    assert decision.chosen == min(finalists, key=lambda point: point.loss).levels
+    names = {path.name for path in (folder / "state").glob("train-*")}
+    assert names == {f"train-{'-'.join(map(str, point.levels))}" for point in finalists}
+    assert result.training.total == 18 and {point.figure for point in finalists} >= {result.after}
+
+
+def test_the_predictor_alone_decides_where_nothing_is_raced(tmp_path):
+    options = replace(OPTIONS, axes=("depth", "width"), candidates=1, mixed=0, rounds=1)
+    result = prune_scale(RESNET, tmp_path / "out.onnx", options)
+    assert not result.decision.candidates and [p.levels for p in result.finalists] == [result.decision.chosen]
 
 
 def test_the_report_holds_what_a_figure_of_the_fits_needs(pruned):
@@ -117,7 +129,7 @@ def test_the_report_holds_what_a_figure_of_the_fits_needs(pruned):
 def test_progress_says_how_long_it_takes(pruned):
     said = [now for now in pruned[2] if now.total]
     assert said[0].total == 10 and said[-1].done == said[-1].total and said[-1].seconds_left == 0
-    assert said[-1].total == 7 + len(pruned[0].decision.finals)
+    assert said[-1].total == 6 + len(pruned[0].decision.candidates)  # the mixed point is one of them
     assert all(now.seconds_left > 0 for now in said[2:-1])
 
 
@@ -215,7 +227,7 @@ def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
     plan = plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, goal=Goal("macs", 0.8, True)))
     assert plan.axes["depth"]["refusal"] == "none of 0 residual blocks can be deleted"
     assert "Flatten" in plan.axes["resolution"]["refusal"] or "Gemm" in plan.axes["resolution"]["refusal"]
-    assert {point.axis for point in plan.points} == {"width"} and plan.mixed == 0 and plan.finalists == 1
+    assert {point.axis for point in plan.points} == {"width"} and plan.mixed == 0 and plan.candidates == 1
     with pytest.raises(RecipeError, match="there is nothing to prune: none of 0 residual blocks"):
         plan_scale(tmp_path / "flat.onnx", replace(OPTIONS, axes=("depth",)))
 
@@ -224,7 +236,7 @@ def test_a_plan_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = plan_scale(RESNET, OPTIONS)
     assert len(plan.points) == 6 and plan.mixed == 1 and plan.triples > 100
-    assert set(plan.seconds) == {"points", "mixed", "finals", "train"}
+    assert set(plan.seconds) == {"points", "mixed", "race", "train"}
     assert all(seconds > 0 for seconds in plan.seconds.values())
     assert not list(tmp_path.iterdir()) and json.dumps(plan.as_dict())
 
