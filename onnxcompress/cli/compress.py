@@ -145,7 +145,7 @@ def _show(found: Any, as_json: bool, quiet: bool, report: Path | None) -> None:
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     elif not quiet:
-        print_rows(ATTEMPT_HEADER, attempt_rows(found))
+        print_rows(ATTEMPT_HEADER, attempt_rows(found), folded=(0, len(ATTEMPT_HEADER) - 1))
         for line in result_lines(found):
             click.echo(line)
     if not found.met:

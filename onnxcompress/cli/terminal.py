@@ -62,7 +62,8 @@ def width() -> int | None:
     return None if sys.stdout.isatty() else 200
 
 
-def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], *, folded: Sequence[int] = ()) -> None:
+    """A table; columns of words that are ``folded`` go on in further lines where the terminal is narrow."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -71,7 +72,8 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        words = number == 0 or number in folded
+        table.add_column(name, justify="left" if words else "right", no_wrap=number not in folded, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     Console(highlight=False, width=width()).print(table)

@@ -56,7 +56,7 @@ def measured(
     reference = Reference(work.model, samples.feeds, work.runtime, outputs=samples.outputs)
     found = reference.compare(model, tolerance=work.options.tolerance, options=options)
     if not found.equivalent:
-        raise EquivalenceError(f"{name}: {found.message()}")
+        raise EquivalenceError(f"{name}: {found.message()}; --tolerance allows more")
     [elapsed] = work.runtime.latency([model], samples.feeds[0], options=options, budget_s=TIMED_S)
     return Setting(
         name,

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.cli import main
+from onnxcompress.cli import main, terminal
+from onnxcompress.cli.terminal import print_rows
 from onnxcompress.compression import attempts, compressing, meter, strategy
+from onnxcompress.compression.describing import ATTEMPT_HEADER
 from onnxcompress.compression.recipe import parse_recipe
 from onnxcompress.cost import count
 from onnxcompress.data import load_data
@@ -114,6 +116,17 @@ def test_what_is_out_of_reach_is_exit_code_1_and_the_nearest_is_named(folder, sa
     assert "nothing was written" in out and "failed: " in out
     assert [path.name for path in folder.iterdir()] == ["r.md"]
     assert "not reached" in (folder / "r.md").read_text()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_of_steps_keeps_its_figures_on_a_narrow_terminal(columns, monkeypatch, capsys):
+    figures = ["439,846 (1.00x)", "4,136,384", "0.073 ms (1.00x)", "0.00%", "4"]
+    step = "3 prune-depth stages=supernet,search,train epochs=4 lr=0.001 labels=true distill=true macs=1240915"
+    monkeypatch.setattr(terminal, "width", lambda: columns)
+    print_rows(ATTEMPT_HEADER, [[step, "0", *figures, "macs is 1,400,000, allowed 1,240,915"]], folded=(0, 7))
+    out = capsys.readouterr().out
+    assert all(figure in out for figure in figures) and "\u2026" not in out
+    assert max(map(len, out.splitlines())) <= columns
 
 
 def test_the_nearest_is_written_if_asked(folder, capsys):

@@ -97,7 +97,7 @@ def test_without_programs_or_network_the_way_out_is_named(digits, package, tmp_p
             """echo '{"agrees": false, "outputs": [{"agrees": false, "name": "y", "sample": 2, "error": 0.5,"""
             """ "allowed": 0.0001}]}'; exit 1""",
             EquivalenceError,
-            r"sample 2, output 'y': error 5.0e-01, allowed 1e-04",
+            r"sample 2, output 'y': error 5.0e-01, allowed 1e-04; --tolerance allows more",
         ),
     ],
 )
