@@ -12,11 +12,23 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.options import FilePath, Number
 from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
-from onnxcompress.cli.training import POSITIVE, optimizer_options
-from onnxcompress.errors import RecipeError
+from onnxcompress.cli.training import (
+    ABOVE_ZERO,
+    POSITIVE,
+    loss_options,
+    machine_options,
+    optimizer_options,
+    require_torch,
+    sample_options,
+    state_options,
+    supervision_wishes,
+    take,
+    teaching_options,
+    train_settings,
+)
 
 
 @click.command("finetune")
@@ -30,22 +42,12 @@ from onnxcompress.errors import RecipeError
 )
 @click.option("--val", metavar="D", help="Samples to judge by; the weights that are best on them are kept.")
 @click.option("--teacher", type=FilePath(), help="Model to learn from, such as the one that IN was made of.")
-@click.option("--labels", is_flag=True, help="Learn from labels (the default where there are any).")
-@click.option("--distill", is_flag=True, help="Learn from the teacher's outputs; with --labels from both.")
+@teaching_options
 @click.option("--feature", multiple=True, metavar="T[=U]", help="Match the tensor T inside with the teacher's U.")
-@click.option("--target-output", metavar="NAME", help="Output that labels and metric are for; the first by default.")
-@click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function.")
-@click.option(
-    "--epochs", type=Number(min=0, min_open=True), default=10.0, show_default=True, help="Passes over the data."
-)
+@click.option("--epochs", type=ABOVE_ZERO, default=10.0, show_default=True, help="Passes over the data.")
 @click.option("--steps", type=POSITIVE, help="Steps, instead of epochs.")
 @optimizer_options
-@click.option(
-    "--temperature", type=Number(min=0, min_open=True), default=2.0, show_default=True, help="Of distilled logits."
-)
-@click.option(
-    "--distill-weight", type=Number(0, 1), default=0.5, show_default=True, help="Share of the teacher beside labels."
-)
+@loss_options
 @click.option(
     "--distill-loss",
     type=click.Choice(["auto", "kl", "mse"]),
@@ -58,26 +60,12 @@ from onnxcompress.errors import RecipeError
 @click.option("--train", "only", multiple=True, metavar="GLOB", help="Train the initializers of these names only.")
 @click.option("--freeze-bn", is_flag=True, help="Leave the running statistics of BatchNormalization as they are.")
 @click.option("--bn-only", is_flag=True, help="Estimate these statistics anew, and train nothing.")
-@click.option("--augment", default="", metavar="LIST", help="Vary images: flip, shift:PIXELS, as in flip,shift:2.")
-@click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
-@click.option("--limit", type=POSITIVE, help="Use at most so many samples of each source.")
-@click.option("--eval-every", type=POSITIVE, metavar="STEPS", help="Steps between validations [default: an epoch].")
-@click.option("--patience", type=POSITIVE, help="End after so many validations without a new best.")
-@click.option("--checkpoint", type=FilePath(), metavar="DIR", help="Where the state is kept [default: OUT.checkpoint].")
+@sample_options
+@state_options
 @click.option("--checkpoint-every", type=POSITIVE, metavar="STEPS", help="[default: about every 30 seconds]")
-@click.option("--resume/--no-resume", default=True, help="Go on from a checkpoint that is there (default).")
 @click.option("--tensorboard", type=FilePath(), metavar="DIR", help="Write figures for TensorBoard.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the operators that gain by it; auto is float32 on a CPU.",
-)
 @click.option("--channels-last/--no-channels-last", default=None, help="Memory format [default: with half precision].")
-@click.option("--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Threads; 0 is torch's choice.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
+@machine_options
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -106,29 +94,16 @@ def command(source: Path, output: Path, report: Path | None, as_json: bool, quie
 
 
 def _options(wishes: dict[str, Any]) -> Any:
-    try:
-        import torch  # noqa: F401  # asked for before anything of train is imported
-    except ImportError as error:
-        raise RecipeError("finetune needs torch: pip install onnxcompress[train]") from error
+    require_torch("finetune")
     from onnxcompress.train.finetune import FinetuneOptions
-    from onnxcompress.train.losses import LossSettings
-    from onnxcompress.train.settings import TrainSettings
-    from onnxcompress.train.supervision import Wishes
 
-    def take(*names: str, **renamed: str) -> dict[str, Any]:
-        return {name: wishes[name] for name in names} | {ours: wishes[name] for ours, name in renamed.items()}
-
-    losses = LossSettings(**take("temperature", "distill_weight", "feature_weight", smoothing="label_smoothing"))
-    supervision = Wishes(
-        losses=losses, **take("labels", "distill", "distill_loss", "metric", features="feature", output="target_output")
+    more = take(wishes, "distill_loss", features="feature")
+    supervision = supervision_wishes(wishes, losses=take(wishes, "feature_weight"), **more)
+    training = train_settings(
+        wishes, **take(wishes, "checkpoint_every", "channels_last", freeze_statistics="freeze_bn")
     )
-    training = TrainSettings(
-        **take("epochs", "steps", "batch", "accumulate", "optimizer", "weight_decay", "momentum", "schedule", "warmup"),
-        **take("clip_norm", "seed", "eval_every", "patience", "checkpoint_every", "precision", "device"),
-        **take("channels_last", learning_rate="lr", ema_decay="ema", freeze_statistics="freeze_bn"),
-    )
-    rest = take("data", "val", "teacher", "freeze", "only", "bn_only", "augment", "preprocess", "limit")
-    rest |= take("tensorboard", "checkpoint", "resume", "threads")
+    rest = take(wishes, "data", "val", "teacher", "freeze", "only", "bn_only", "augment", "preprocess", "limit")
+    rest |= take(wishes, "tensorboard", "checkpoint", "resume", "threads")
     return FinetuneOptions(wishes=supervision, training=training, **rest)
 
 

@@ -11,10 +11,24 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.options import FilePath, Number
 from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
-from onnxcompress.cli.training import POSITIVE, SHARE, optimizer_options
+from onnxcompress.cli.training import (
+    ABOVE_ZERO,
+    POSITIVE,
+    SHARE,
+    loss_options,
+    machine_options,
+    optimizer_options,
+    require_torch,
+    sample_options,
+    state_options,
+    supervision_wishes,
+    take,
+    teaching_options,
+    train_settings,
+)
 from onnxcompress.errors import RecipeError
 
 STAGES = "supernet,search,train"
@@ -101,44 +115,16 @@ STAGES = "supernet,search,train"
     "--ramp-shape", type=click.Choice(["linear", "cosine"]), help="With --start original: how they fade [linear]."
 )
 @click.option("--teacher", type=FilePath(), help="Model to learn from [default: IN].")
-@click.option("--labels", is_flag=True, help="Learn from labels (the default where there are any).")
-@click.option("--distill", is_flag=True, help="Learn from the teacher's outputs; with --labels from both.")
-@click.option("--target-output", metavar="NAME", help="Output that labels and metric are for; the first by default.")
-@click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function.")
-@click.option("--epochs", type=Number(0, min_open=True), default=10.0, show_default=True, help="For the chosen blocks.")
-@click.option(
-    "--supernet-epochs", type=Number(0, min_open=True), default=2.0, show_default=True, help="For a trained supernet."
-)
+@teaching_options
+@click.option("--epochs", type=ABOVE_ZERO, default=10.0, show_default=True, help="For the chosen blocks.")
+@click.option("--supernet-epochs", type=ABOVE_ZERO, default=2.0, show_default=True, help="For a trained supernet.")
 @click.option("--steps", type=POSITIVE, help="Steps for the chosen blocks, instead of epochs.")
 @optimizer_options
-@click.option(
-    "--temperature", type=Number(0, min_open=True), default=2.0, show_default=True, help="Of distilled logits."
-)
-@click.option(
-    "--distill-weight", type=Number(0, 1), default=0.5, show_default=True, help="Of the teacher, with labels."
-)
-@click.option("--augment", default="", metavar="LIST", help="Vary images: flip, shift:PIXELS, as in flip,shift:2.")
-@click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
-@click.option("--limit", type=POSITIVE, help="Use at most so many samples of each source.")
-@click.option("--eval-every", type=POSITIVE, metavar="STEPS", help="Steps between validations [default: an epoch].")
-@click.option("--patience", type=POSITIVE, help="End after so many validations without a new best.")
-@click.option(
-    "--tolerance", type=Number(0, min_open=True), default=1e-5, show_default=True, help="Of merged to unmerged."
-)
-@click.option("--checkpoint", type=FilePath(), metavar="DIR", help="Where the state is kept [default: OUT.checkpoint].")
-@click.option("--resume/--no-resume", default=True, help="Go on from a checkpoint that is there (default).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the operators that gain by it; auto is float32 on a CPU.",
-)
-@click.option(
-    "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Of torch; latency is timed with 1 if 0."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
+@loss_options
+@sample_options
+@click.option("--tolerance", type=ABOVE_ZERO, default=1e-5, show_default=True, help="Of merged to unmerged.")
+@state_options
+@machine_options
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -150,8 +136,9 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
     the interface of IN. A run that was stopped goes on with the same command.
     """
     _check(output, report, wishes)
-    with _torch():
-        from onnxcompress.train.depth.pruning import list_blocks, plan_depth, prune_depth
+    require_torch("prune-depth")
+    from onnxcompress.train.depth.pruning import list_blocks, plan_depth, prune_depth
+
     check_report(report)
     options = _options(wishes)
     with _bar(quiet) as (say, progress):
@@ -168,15 +155,6 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
         _show_plan(plan, as_json, quiet)
     else:
         _show(found, as_json, quiet, report)
-
-
-@contextlib.contextmanager
-def _torch() -> Iterator[None]:
-    try:
-        import torch  # noqa: F401  # asked for before anything of train is imported
-    except ImportError as error:
-        raise RecipeError("prune-depth needs torch: pip install onnxcompress[train]") from error
-    yield
 
 
 def _check(output: Path | None, report: Path | None, wishes: dict[str, Any]) -> None:
@@ -196,12 +174,6 @@ def _options(wishes: dict[str, Any]) -> Any:
     from onnxcompress.train.depth.offers import Goal, parse_goal
     from onnxcompress.train.depth.options import DepthOptions
     from onnxcompress.train.depth.search import SearchSettings
-    from onnxcompress.train.losses import LossSettings
-    from onnxcompress.train.settings import TrainSettings
-    from onnxcompress.train.supervision import Wishes
-
-    def take(*names: str, **renamed: str) -> dict[str, Any]:
-        return {name: wishes[name] for name in names} | {ours: wishes[name] for ours, name in renamed.items()}
 
     goal: Goal | None = None
     if wishes["blocks"] is not None:
@@ -213,26 +185,20 @@ def _options(wishes: dict[str, Any]) -> Any:
     stages = tuple(part.strip() for part in wishes["stages"].split(",") if part.strip())
     if wishes["list_blocks"]:
         stages, goal = ("train",), None
-    losses = LossSettings(**take("temperature", "distill_weight", smoothing="label_smoothing"))
-    training = TrainSettings(
-        **take("epochs", "steps", "batch", "accumulate", "optimizer", "weight_decay", "momentum", "schedule", "warmup"),
-        **take("clip_norm", "seed", "eval_every", "patience", "precision", "device"),
-        **take(learning_rate="lr", ema_decay="ema"),
-    )
     searching = SearchSettings(
-        **take("population", "generations", "mutation", "crossover", "evaluations", "seed", method="search")
+        **take(wishes, "population", "generations", "mutation", "crossover", "evaluations", "seed", method="search")
     )
     return DepthOptions(
         data=wishes["data"] or "",
         val=wishes["val"] or "",
-        **take("only", "skip", "delete", "activation", "teacher", "calibration", "jobs", "dask"),
-        **take("supernet", "supernet_epochs", "start", "deletions", "shortlist"),
-        **take("augment", "preprocess", "limit", "tolerance", "threads", "checkpoint", "resume"),
+        **take(wishes, "only", "skip", "delete", "activation", "teacher", "calibration", "jobs", "dask"),
+        **take(wishes, "supernet", "supernet_epochs", "start", "deletions", "shortlist", "ranking"),
+        **take(wishes, "augment", "preprocess", "limit", "tolerance", "threads", "checkpoint", "resume"),
         goal=goal,
         stages=stages,
         named_runs=tuple(_run_of(text) for text in wishes["named"]),
-        wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),
-        training=training,
+        wishes=supervision_wishes(wishes),
+        training=train_settings(wishes),
         ramp=_ramp(wishes["ramp"], wishes["ramp_shape"]),
         search=searching,
     )

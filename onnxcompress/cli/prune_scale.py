@@ -11,10 +11,24 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.options import MOST_THREADS, FilePath, Number
+from onnxcompress.cli.options import FilePath
 from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.cli.terminal import print_rows
-from onnxcompress.cli.training import POSITIVE, SHARE, optimizer_options
+from onnxcompress.cli.training import (
+    ABOVE_ZERO,
+    POSITIVE,
+    SHARE,
+    loss_options,
+    machine_options,
+    optimizer_options,
+    require_torch,
+    sample_options,
+    state_options,
+    supervision_wishes,
+    take,
+    teaching_options,
+    train_settings,
+)
 from onnxcompress.errors import RecipeError
 
 
@@ -31,9 +45,7 @@ from onnxcompress.errors import RecipeError
 )
 @click.option("--axes", default="d,w,r", show_default=True, metavar="LIST", help="Depth, width, resolution.")
 @click.option("--rounds", type=POSITIVE, default=4, show_default=True, help="Steps along each axis down to the goal.")
-@click.option(
-    "--round-epochs", type=Number(0, min_open=True), default=1.0, show_default=True, help="Training after each step."
-)
+@click.option("--round-epochs", type=ABOVE_ZERO, default=1.0, show_default=True, help="Training after each step.")
 @click.option(
     "--mixed", type=click.IntRange(min=0), default=3, show_default=True, help="Points pruned along several axes."
 )
@@ -75,41 +87,15 @@ from onnxcompress.errors import RecipeError
 @click.option("--jobs", type=POSITIVE, metavar="N", help="Processes for the points [default: one a processor].")
 @click.option("--dask", metavar="ADDRESS", help="Make the points on a Dask cluster, tcp://host:8786.")
 @click.option("--teacher", type=FilePath(), help="Model to learn from [default: IN].")
-@click.option("--labels", is_flag=True, help="Learn from labels; alone, from nothing else.")
-@click.option("--distill", is_flag=True, help="Learn from the teacher's outputs; alone, from nothing else.")
-@click.option("--target-output", metavar="NAME", help="Output that labels and metric are for; the first by default.")
-@click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function.")
-@click.option("--epochs", type=Number(0, min_open=True), default=10.0, show_default=True, help="For the result.")
+@teaching_options
+@click.option("--epochs", type=ABOVE_ZERO, default=10.0, show_default=True, help="For the result.")
 @click.option("--steps", type=POSITIVE, help="Steps for the result, instead of epochs.")
 @optimizer_options
-@click.option(
-    "--temperature", type=Number(0, min_open=True), default=2.0, show_default=True, help="Of distilled logits."
-)
-@click.option(
-    "--distill-weight", type=Number(0, 1), default=0.5, show_default=True, help="Of the teacher, with labels."
-)
-@click.option("--augment", default="", metavar="LIST", help="Vary images: flip, shift:PIXELS, as in flip,shift:2.")
-@click.option("--preprocess", metavar="SPEC", help="How images become inputs: size=224,layout=nchw,mean=...,std=...")
-@click.option("--limit", type=POSITIVE, help="Use at most so many samples of each source.")
-@click.option("--eval-every", type=POSITIVE, metavar="STEPS", help="Steps between validations [default: an epoch].")
-@click.option("--patience", type=POSITIVE, help="End after so many validations without a new best.")
-@click.option(
-    "--tolerance", type=Number(0, min_open=True), default=1e-5, show_default=True, help="Of merged to unmerged."
-)
-@click.option("--checkpoint", type=FilePath(), metavar="DIR", help="Where the state is kept [default: OUT.checkpoint].")
-@click.option("--resume/--no-resume", default=True, help="Go on from a checkpoint that is there (default).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the operators that gain by it; auto is float32 on a CPU.",
-)
-@click.option(
-    "--threads", type=click.IntRange(0, MOST_THREADS), default=0, help="Of torch; latency is timed with 1 if 0."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same result.")
+@loss_options
+@sample_options
+@click.option("--tolerance", type=ABOVE_ZERO, default=1e-5, show_default=True, help="Of merged to unmerged.")
+@state_options
+@machine_options
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -121,8 +107,9 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
     IN. A run that was stopped goes on with the same command.
     """
     _check(output, report, wishes)
-    with _torch():
-        from onnxcompress.train.scale.pruning import plan_scale, prune_scale
+    require_torch("prune-scale")
+    from onnxcompress.train.scale.pruning import plan_scale, prune_scale
+
     check_report(report)
     options = _options(wishes)
     with _bar(quiet) as (told, stepped):
@@ -137,15 +124,6 @@ def command(source: Path, output: Path | None, as_json: bool, quiet: bool, repor
         _show(found, as_json, quiet, report)
 
 
-@contextlib.contextmanager
-def _torch() -> Iterator[None]:
-    try:
-        import torch  # noqa: F401  # asked for before anything of train is imported
-    except ImportError as error:
-        raise RecipeError("prune-scale needs torch: pip install onnxcompress[train]") from error
-    yield
-
-
 def _check(output: Path | None, report: Path | None, wishes: dict[str, Any]) -> None:
     if wishes["macs"] is not None and wishes["latency"] is not None:
         raise RecipeError("--macs and --latency are two goals: give one")
@@ -157,36 +135,26 @@ def _check(output: Path | None, report: Path | None, wishes: dict[str, Any]) -> 
 
 def _options(wishes: dict[str, Any]) -> Any:
     from onnxcompress.channels.options import parse_goal
-    from onnxcompress.train.losses import LossSettings
     from onnxcompress.train.scale.options import ScaleOptions, parse_axes
-    from onnxcompress.train.settings import TrainSettings
-    from onnxcompress.train.supervision import Wishes
-
-    def take(*names: str, **renamed: str) -> dict[str, Any]:
-        return {name: wishes[name] for name in names} | {ours: wishes[name] for ours, name in renamed.items()}
 
     goal = None
     if wishes["macs"] is not None:
         goal = parse_goal("macs", wishes["macs"])
     elif wishes["latency"] is not None:
         goal = parse_goal("latency", wishes["latency"])
-    losses = LossSettings(**take("temperature", "distill_weight", smoothing="label_smoothing"))
-    training = TrainSettings(
-        **take("epochs", "steps", "batch", "accumulate", "optimizer", "weight_decay", "momentum", "schedule", "warmup"),
-        **take("clip_norm", "seed", "eval_every", "patience", "precision", "device"),
-        **take(learning_rate="lr", ema_decay="ema"),
-    )
     return ScaleOptions(
         data=wishes["data"] or "",
         val=wishes["val"] or "",
         goal=goal,
         axes=parse_axes(wishes["axes"]),
-        **take("rounds", "mixed", "round_epochs", "candidates", "finalists", "depth_ranking"),
-        **take("width_ranking", "only", "skip"),
-        **take("round_to", "min_keep", "native", "teacher", "calibration", "jobs", "dask", "augment", "preprocess"),
-        **take("limit", "tolerance", "threads", "checkpoint", "resume"),
-        wishes=Wishes(losses=losses, **take("labels", "distill", "metric", output="target_output")),
-        training=training,
+        **take(wishes, "rounds", "mixed", "round_epochs", "candidates", "finalists", "depth_ranking"),
+        **take(wishes, "width_ranking", "only", "skip"),
+        **take(
+            wishes, "round_to", "min_keep", "native", "teacher", "calibration", "jobs", "dask", "augment", "preprocess"
+        ),
+        **take(wishes, "limit", "tolerance", "threads", "checkpoint", "resume"),
+        wishes=supervision_wishes(wishes),
+        training=train_settings(wishes),
     )
 
 
