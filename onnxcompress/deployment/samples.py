@@ -106,8 +106,8 @@ def checked_samples(
                 raise ModelError(f"{model.name}: {name!r} is {kind}; deploy takes tensors of numbers and booleans")
     comparison = reference.compare(model, tolerance=tolerance, options=DEPLOYED)
     if not comparison.equivalent:
-        found_by = f"{model.name} with onnxruntime's own optimizations"
-        raise EquivalenceError(f"{found_by}: {comparison.message()}; --tolerance allows more")
+        differs = comparison.message()
+        raise EquivalenceError(f"{model.name} with onnxruntime's own optimizations: {differs}; --tolerance allows more")
     arrays = [[np.asarray(value) for value in values] for values in reference.outputs]
     return CheckedSamples(feeds, arrays, names, comparison, described)
 
