@@ -169,6 +169,16 @@ def test_processes_make_the_same_points(pruned, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx"]
 
 
+@pytest.mark.slow
+def test_a_dask_cluster_makes_the_same_file(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    options = replace(OPTIONS, axes=("depth", "width"), rounds=1, candidates=2, finalists=1, limit=300)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        prune_scale(RESNET, tmp_path / "there.onnx", replace(options, dask=cluster.scheduler_address))
+    prune_scale(RESNET, tmp_path / "here.onnx", options)
+    assert (tmp_path / "there.onnx").read_bytes() == (tmp_path / "here.onnx").read_bytes()
+
+
 def test_a_smaller_input_gives_the_same_as_a_resize_inside(tmp_path):
     chosen = (0, 0, 1)
     goal = Goal("macs", 0.9, True)
