@@ -218,8 +218,7 @@ def structure(graph: Graph, ladders: Ladders, levels: Levels, *, native: bool = 
     """A copy of the prepared graph at a triple of levels; the weights that stay are as they were."""
     depth, width, resolution = levels
     copied = copy_graph(graph)
-    for block in reversed(in_order(copied, ladders.blocks[:depth])):
-        delete_block(copied, block)
+    delete_blocks(copied, ladders.blocks[:depth])
     if depth:
         copied.sort()
         infer_shapes(copied)
@@ -233,6 +232,12 @@ def in_order(graph: Graph, blocks: Sequence[Block]) -> list[Block]:
     """Blocks in order of execution."""
     order = {node.name: i for i, node in enumerate(graph.nodes)}
     return sorted(blocks, key=lambda block: max(order[name] for name in (*block.nodes, block.add) if name))
+
+
+def delete_blocks(graph: Graph, blocks: Sequence[Block]) -> None:
+    """Delete blocks in place, the last one first: a block that reads what another gives is known by its name."""
+    for block in reversed(in_order(graph, blocks)):
+        delete_block(graph, block)
 
 
 def remove(graph: Graph, gone: Mapping[str, Sequence[int]]) -> None:
@@ -257,9 +262,9 @@ def count_all(graph: Graph, ladders: Ladders, original_macs: float) -> CostTable
     nested = total - macs.sum()
 
     there = np.ones((len(ladders.blocks) + 1, len(names)))
-    copied = copy_graph(graph)
-    for level, block in enumerate(ladders.blocks, 1):
-        delete_block(copied, block)
+    for level in range(1, len(ladders.blocks) + 1):
+        copied = copy_graph(graph)
+        delete_blocks(copied, ladders.blocks[:level])
         left = {node.name for node in copied.nodes}
         there[level] = [name in left for name in names]
 
