@@ -6,6 +6,8 @@ goes on decides as the first one would have.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from onnxcompress.errors import EquivalenceError, OnnxCompressError, OutputError
 from onnxcompress.model_io import read_proto
 from onnxcompress.runtime import Runtime
 from onnxcompress.validation.signature import interface_differences
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -82,6 +86,10 @@ class Attempt:
             "seconds": round(self.seconds, 2),
             "figures": None if self.point is None else self.point.as_dict(),
         }
+
+
+def _failed(why: str, started: float) -> dict[str, Any]:
+    return {"failure": why, "summary": [], "repeat": {}, "seconds": time.monotonic() - started}
 
 
 class Attempts:
@@ -167,6 +175,11 @@ class Attempts:
         except OnnxCompressError as error:
             if isinstance(error, OutputError) or not (planned or error.exit_code == 1):
                 raise
-            return {"failure": str(error), "summary": [], "repeat": {}, "seconds": time.monotonic() - started}
+            return _failed(str(error), started)
+        except Exception as error:  # a bug of one step must not cost the user the others, and the report names it
+            if not planned or isinstance(error, OSError) or os.environ.get("ONNXCOMPRESS_TRACEBACK"):
+                raise
+            logger.warning("%s: internal error, %s: %s", found.step.text, type(error).__name__, error)
+            return _failed(f"internal error, {type(error).__name__}: {error}", started)
         seconds = time.monotonic() - started
         return {"failure": "", "summary": done.summary, "repeat": done.repeat, "seconds": seconds, "figures": figures}

@@ -146,14 +146,16 @@ class _Planner:
         halfway: dict[str, Any] = {limit.key: f"{math.sqrt(limit.amount * start):.3g}x"} if limit.relative else wish
         found = []
         when = f"if {limit.key} is above {limit.text} then"
-        if self.means.torch:
-            step = self._step("prune-depth", {"stages": FITS_ALONE, **wish})
-            found.append(Planned(step, when, "blocks, fitted without training", self._expected(self._depth, step)))
         width = self._step("prune-width", wish)
         expected = (
             self._expected(self._width, width) if limit.key == "macs" else "MACs are lowered until it is measured"
         )
-        found.append(Planned(width, when, "channels; of both the one that loses less is kept", expected))
+        found.append(Planned(width, when, "channels, fitted without training", expected))
+        if self.means.torch:
+            step = self._step("prune-depth", {"stages": FITS_ALONE, **wish})
+            when = "beside it" if self.goal.drop is None else "if that loses too much"
+            why = "blocks, likewise; of both the one that loses less is kept"
+            found.append(Planned(step, when, why, self._expected(self._depth, step)))
         if self.goal.drop is not None:
             if self.means.torch:
                 half = self._step("prune-depth", {"stages": FITS_ALONE, **halfway})

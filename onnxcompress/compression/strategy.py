@@ -155,7 +155,13 @@ class Strategy:
         self, limit: Limit, share: float, base: Attempt, current: Attempt, ways: Sequence[Way], found: list[Attempt]
     ) -> Iterator[list[Attempt]]:
         """What is tried together; ``found`` is what was tried before."""
-        yield [way(limit, share, base, "fits alone") for way in ways]
+        alone: list[Attempt] = []
+        for way in ways:
+            alone.append(way(limit, share, base, "fits alone"))
+            if self.goal.drop is not None:
+                yield alone[-1:]  # what is cheap may do
+        if self.goal.drop is None:
+            yield alone
         if len(ways) > 1:
             # Half of the way by each, from where exact rewrites end.
             start = min(1.0, self._figure(limit, current) / self._figure(limit, base))
@@ -165,7 +171,7 @@ class Strategy:
                 yield [half if rest >= 1 else self._width(limit, rest, half, "the other half")]
         if self.means.can_train:
             yield self._finetuned([one for one in found if one.point is not None and self._meets(one, limit)])
-            if self._allowed("prune-depth"):
+            if any(one.step.verb == "prune-depth" and one.point is not None for one in alone):
                 yield [self._trained(limit, share, base)]
             yield [self._scaled(limit, share, base)]
 
@@ -201,12 +207,7 @@ class Strategy:
     def _ways(self, limit: Limit) -> list[Way]:
         if not self.means.data:
             return []
-        return [*([self._depth] if self.means.torch else []), self._width]
-
-    def _allowed(self, verb: str) -> bool:
-        """Whether a verb could do something at all."""
-        tried = [attempt for attempt in self.attempts.tried if attempt.step.verb == verb]
-        return not tried or any(attempt.point is not None for attempt in tried)
+        return [self._width, *([self._depth] if self.means.torch else [])]
 
     def _depth(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
         settings = {"stages": FITS_ALONE, **self._wish(limit, share, base)}
@@ -231,8 +232,10 @@ class Strategy:
         wanted = share * base.found.latency_share
         slow, fast = (1.0, base.found.latency_share), (0.0, 0.0)  # shares of the MACs and of the latency
         guess, best, last = share, None, None
+        tried = []
         for _ in range(LATENCY_TRIALS):
             last = found = self._try("prune-width", {"macs": str(int(guess * base.found.macs))}, base, why)
+            tried.append(found)
             if found.point is None:
                 if fast[0] or guess >= AIM * slow[0]:
                     break
@@ -251,7 +254,11 @@ class Strategy:
             else:
                 guess *= (AIM * wanted / here[1]) ** 1.5
         assert last is not None
-        return best or last
+        chosen = best or last
+        for found in tried:
+            if found is not chosen and not found.verdict:
+                found.verdict = f"a trial on the way to step {chosen.number}"
+        return chosen
 
     # -- size --------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,12 @@ from onnxcompress.cli import main, terminal
 from onnxcompress.cli.terminal import print_rows
 from onnxcompress.compression import attempts, compressing, meter, strategy
 from onnxcompress.compression.describing import ATTEMPT_HEADER
+from onnxcompress.compression.goal import parse_goal
+from onnxcompress.compression.options import CompressOptions
+from onnxcompress.compression.parts import Parts
 from onnxcompress.compression.recipe import parse_recipe
 from onnxcompress.cost import count
-from onnxcompress.data import load_data
+from onnxcompress.data import Dataset, load_data
 from onnxcompress.testing import graph_of
 from onnxcompress.validation.judge import input_specs
 
@@ -143,8 +146,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, samples, capsys):
     )
     assert code == 0, err
     plan = json.loads(out)
-    assert [step["verb"] for step in plan["steps"]][:3] == ["optimize", "prune-depth", "prune-width"]
-    assert "bytes" in plan["steps"][0]["expected"] and "MACs" in plan["steps"][2]["expected"]
+    assert [step["verb"] for step in plan["steps"]][:3] == ["optimize", "prune-width", "prune-depth"]
+    assert "bytes" in plan["steps"][0]["expected"] and "MACs" in plan["steps"][1]["expected"]
     assert all(step["why"] and step["when"] for step in plan["steps"])
     assert any("144 samples, it takes 512" in note for note in plan["notes"])  # 240 less those that judge and decide
     assert not list(folder.iterdir())
@@ -157,6 +160,19 @@ def test_without_data_there_are_exact_rewrites_and_what_that_means_is_said(folde
     assert (folder / "a.onnx").stat().st_size * 1.5 <= DIGITS.stat().st_size
     code, out, err = call(DIGITS, "--data", "none", "--goal", "macs=0.1x", "-o", "b.onnx", "--dry-run", capsys=capsys)
     assert code == 0 and "left to exact rewrites: pruning needs samples" in out
+
+
+def test_too_few_samples_to_see_a_drop_are_a_note():
+    judging = Dataset([{"x": np.zeros(1)}] * 16, None, "d", None, False)
+
+    def notes(goal: str) -> list[str]:
+        options = CompressOptions(goal=parse_goal(goal), data="d", val="v")
+        return compressing._notes(options, Parts(judging=judging))
+
+    assert notes("drop=5%") == [
+        "16 samples judge, and one of them is 6.2%: to tell a drop of 5.0% from none takes more"
+    ]
+    assert not notes("drop=7%") and not notes("size=2x, drop=0%")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from onnxcompress.compression.attempts import Attempts
 from onnxcompress.compression.parts import read_parts
 from onnxcompress.compression.point import Point
 from onnxcompress.compression.recipe import Step
-from onnxcompress.compression.settings import Shared
+from onnxcompress.compression.settings import Shared, options_of
 from onnxcompress.errors import DataError, EquivalenceError, QuantizationError, RecipeError
 from onnxcompress.testing import model
 
@@ -64,6 +64,46 @@ def test_what_needs_torch_says_so_where_there_is_none(monkeypatch, tmp_path):
     for step in (Step("prune-depth"), Step("quantize", {"tune": "joint"})):
         with pytest.raises(RecipeError, match="needs torch: pip install"):
             steps.run_step(step, tmp_path, tmp_path, shared, None, print)  # type: ignore[arg-type]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_pruned_is_trained_on_labels_and_on_what_the_original_gives(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(96, 4)).astype(np.float32)
+    labels = rows.argmax(axis=1)
+    for name, part in (("fitting", slice(0, 64)), ("deciding", slice(64, 96))):
+        np.savez(tmp_path / f"{name}.npz", x=rows[part], labels=labels[part])
+    worse = network()
+    worse.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.roll(WEIGHT, 1, 0) + 0.5 * WEIGHT, "w"))
+    for name, proto in (("m", network()), ("worse", worse)):
+        onnx.save(proto, tmp_path / f"{name}.onnx")
+    shared = Shared(str(tmp_path / "fitting.npz"), str(tmp_path / "deciding.npz"), tmp_path / "m.onnx", labelled=True)
+    step = Step("finetune", {"labels": True, "distill": True, "steps": 60, "batch": 16, "lr": 0.1})
+    said: list[str] = []
+    done = steps.run_step(step, tmp_path / "worse.onnx", tmp_path / "out.onnx", shared, None, said.append)  # type: ignore
+    assert "top1 on the samples that decide: 0." in done.summary[1] and done.repeat == step.settings
+    before, after = (float(figure) for figure in done.summary[1].rpartition(": ")[2].split(" -> "))
+    assert before < 0.7 < 0.9 < after and any(line.startswith("finetune: step ") for line in said)
+    assert not (tmp_path / "out.onnx.checkpoint").exists()
+
+
+def test_labels_need_no_teacher(tmp_path):
+    labelled, bare = (Shared("f.npz", "d.npz", tmp_path / "m.onnx", labelled=one) for one in (True, False))
+    assert options_of("finetune", {"steps": 2}, labelled).teacher is None
+    assert options_of("finetune", {"steps": 2}, bare).teacher == tmp_path / "m.onnx"
+    assert options_of("finetune", {"distill": True}, labelled).teacher == tmp_path / "m.onnx"
+    assert options_of("finetune", {"teacher": "t.onnx"}, labelled).teacher == Path("t.onnx")
+    found = options_of("finetune", {"train": "head*", "freeze-bn": True, "feature": ["a=b"]}, labelled)
+    assert found.only == ("head*",) and found.training.freeze_statistics and found.wishes.features == ("a=b",)
+
+
+def test_a_drop_that_quantize_looks_for_is_one_of_labels_where_there_are_some(tmp_path):
+    shared = Shared("f.npz", "d.npz", tmp_path / "m.onnx", metric="top5", labelled=True)
+    found = options_of("quantize", {"max-drop": "1%"}, shared)
+    assert (found.max_drop, found.data, found.val, found.metric) == (0.01, "f.npz", "d.npz", "top5")
+    assert options_of("quantize", {"max-drop": "1%"}, Shared("f.npz", "d.npz", tmp_path)).val is None
+    assert options_of("quantize", {"size": "4K"}, shared).val is None
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------------
@@ -133,6 +173,21 @@ def test_of_a_step_that_the_user_wrote_only_what_is_out_of_reach_is_a_failure(tm
     assert made.attempt(Step("optimize"), made.original, "", planned=False).failure == "not the same"
     with pytest.raises(RecipeError, match="no such layer"):
         made.attempt(Step("quantize"), made.original, "", planned=False)
+
+
+def test_a_bug_of_a_planned_step_costs_that_step_alone(tmp_path, monkeypatch):
+    def step(*rest):
+        raise ValueError("math domain error")
+
+    monkeypatch.setattr(attempts, "run_step", step)
+    made = tried(tmp_path, OneMeter())
+    found = made.attempt(Step("prune-scale", {"macs": "9"}), made.original, "")
+    assert found.failure == "internal error, ValueError: math domain error" and found.path is None
+    with pytest.raises(ValueError, match="math domain"):  # what the user wrote is asked for
+        made.attempt(Step("prune-scale", {"macs": "8"}), made.original, "", planned=False)
+    monkeypatch.setenv("ONNXCOMPRESS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="math domain"):
+        made.attempt(Step("prune-scale", {"macs": "7"}), made.original, "")
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------

@@ -98,12 +98,20 @@ def test_exact_rewrites_are_enough_where_they_are():
 @pytest.mark.parametrize(("depth", "width", "kept"), [(0.001, 0.004, "prune-depth"), (0.004, 0.001, "prune-width")])
 @pytest.mark.parametrize("goal", ["macs=0.5x", "latency=0.5x"])
 def test_of_blocks_and_channels_what_loses_less_is_kept(goal, depth, width, kept):
-    last, made = run(f"{goal}, drop=1%", network(depth=depth, width=width))
-    assert last.step.verb == kept and made.verbs[:3] == ["optimize", "prune-depth", "prune-width"]
-    assert made.tried[1].step.settings["stages"] == FITS_ALONE
+    last, made = run(goal, network(depth=depth, width=width))
+    assert last.step.verb == kept and made.verbs == ["optimize", "prune-width", "prune-depth"]
+    assert made.tried[2].step.settings["stages"] == FITS_ALONE
     assert last.base is made.original  # pruning runs the exact passes itself
     other = next(attempt for attempt in made.tried if attempt.step.verb not in ("optimize", kept))
     assert f"step {last.number}'s by" in other.verdict
+
+
+@pytest.mark.parametrize("goal", ["macs=0.5x", "latency=0.5x"])
+def test_within_a_drop_what_is_cheap_is_enough(goal):
+    last, made = run(f"{goal}, drop=1%", network(depth=0.001, width=0.004))
+    assert made.verbs == ["optimize", "prune-width"] and last is made.tried[1]
+    last, made = run(f"{goal}, drop=1%", network(depth=0.001, width=0.04))
+    assert made.verbs == ["optimize", "prune-width", "prune-depth"] and last is made.tried[2]
 
 
 def test_channels_are_taken_where_no_block_can_be_pruned():
@@ -124,6 +132,8 @@ def test_the_width_for_a_latency_is_found_by_measuring():
 
     last, made = run("latency=0.5x", figures)
     assert 0.5 * 0.93 < last.found.latency_share <= 0.5 and made.verbs.count("prune-width") <= 4
+    trials = [attempt for attempt in made.tried if attempt.step.verb == "prune-width" and attempt is not last]
+    assert trials and all(trial.verdict == f"a trial on the way to step {last.number}" for trial in trials)
 
 
 def test_both_together_go_half_of_the_way_each():
@@ -257,7 +267,7 @@ def test_channels_go_where_codebooks_alone_cannot_reach_the_size():
 
 def test_speed_comes_before_size():
     last, _ = run("size=10x, latency=0.5x, drop=1%", network())
-    assert [attempt.step.verb for attempt in last.chain] == ["prune-depth", "quantize"]
+    assert [attempt.step.verb for attempt in last.chain] == ["prune-width", "quantize"]
 
 
 def test_what_is_told_of_a_verb_reaches_its_steps():
