@@ -39,7 +39,7 @@ def attempt_line(attempt: Attempt) -> str:
 
 def _figures(point: Point, original: Point) -> list[str]:
     drop = "" if point.drop is None or point is original else drop_text(point, bare=True)
-    return [bytes_and_ratio(point, original), f"{point.macs:,}", latency_text(point), drop]
+    return [bytes_and_ratio(point, original), f"{point.macs:,}", latency_text(point, original), drop]
 
 
 def _verdict(attempt: Attempt) -> str:

@@ -56,7 +56,7 @@ class Script:
         if not found.found.within(drop):
             found.verdict = f"{drop_text(found.found)}, allowed {drop:.2%}"
             return False
-        if not brings(current.found, found.found, self.goal) and not wins_back(current, found):
+        if not brings(current.found, found.found, self.goal) and not wins_back(current, found, self.goal):
             found.verdict = "it brings nothing of what is wished"
             return False
         return True
@@ -81,6 +81,10 @@ class Script:
         raise RecipeError(f"step {number}, {step.verb}: nothing says how far: give it {names}, or the recipe a goal")
 
 
-def wins_back(before: Attempt, found: Attempt) -> bool:
-    """Whether training lost less than there was before."""
-    return found.step.verb == "finetune" and found.found.loss < before.found.loss
+def wins_back(before: Attempt, found: Attempt, goal: Goal | None) -> bool:
+    """Whether training lost less than there was before; without a goal, no more."""
+    if found.step.verb != "finetune":
+        return False
+    if goal is None and found.found.drop is not None and before.found.drop is not None:
+        return found.found.drop <= before.found.drop
+    return found.found.loss < before.found.loss

@@ -40,10 +40,11 @@ def bytes_and_ratio(point: Point, original: Point) -> str:
     return f"{point.size_bytes:,} ({original.size_bytes / point.size_bytes:.2f}x)"
 
 
-def latency_text(point: Point) -> str:
+def latency_text(point: Point, original: Point) -> str:
+    """Of the original in ms, else beside the original's of the same minute: a machine is not as fast at all times."""
     if point.latency is None:
         return ""
-    return f"{point.latency.result_ms:.3f} ms ({point.latency_share:.2f}x)"
+    return f"{point.latency.result_ms:.3f} ms" if point is original else f"{point.latency_share:.2f}x"
 
 
 def error_text(point: Point) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from onnxcompress.compression.goal import Goal, goal_of, parse_goal
 from onnxcompress.compression.point import Point, excess, reached
-from onnxcompress.compression.wording import nearest_text
+from onnxcompress.compression.wording import latency_text, nearest_text
 from onnxcompress.errors import RecipeError
 from onnxcompress.measure import LatencyFigures
 
@@ -96,6 +97,11 @@ def test_a_drop_alone_asks_for_the_smallest_file():
     assert goal.is_smallest and goal.text == "drop=1%" and not parse_goal("size=2x, drop=1%").is_smallest
     found = nearest_text(goal, point(size=250, drop=0.005), point())
     assert found == "size 4.00x, top1 drops by 0.50%"
+
+
+def test_latency_is_told_beside_the_original_of_the_same_minute():
+    original, busy = point(), replace(point(ratio=2.0), latency=LatencyFigures(6.0, 3.0, 2.0, 1.9, 2.1, 9))
+    assert latency_text(original, original) == "2.000 ms" and latency_text(busy, original) == "0.50x"
 
 
 @pytest.mark.parametrize(

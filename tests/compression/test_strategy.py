@@ -315,6 +315,21 @@ def test_a_script_judges_a_step_with_the_training_that_follows_it():
     assert made.verbs == ["prune-width"]  # reached
 
 
+def test_training_that_a_user_wrote_without_a_goal_stays_unless_it_loses():
+    steps = [Step("optimize"), Step("finetune")]
+    for won, kept in ((0.5, True), (0.0, True), (-0.5, False)):
+        last, _ = script(
+            None,
+            steps,
+            lambda step, base, won=won: (
+                (900, 900, 0.9, 0.02) if step.verb == "optimize" else (900, 900, 0.9, 0.02 * (1 - won))
+            ),
+        )
+        assert (last.step.verb == "finetune") is kept
+    last, _ = script("size=10x, drop=5%", steps, network())
+    assert last.step.verb == "optimize"  # nothing was lost that could be won back
+
+
 def test_a_script_for_a_drop_alone_runs_to_its_end():
     _, made = script("drop=1%", [Step("optimize"), Step("quantize", {"size": "300"}), Step("quantize")], network())
     assert made.verbs == ["optimize", "quantize", "quantize"]

@@ -16,7 +16,7 @@ except ImportError:
 
 from onnxcompress.errors import OutputError, RecipeError
 from onnxcompress.report import check_suffix, write_as
-from onnxcompress.report.page import Axis, Bar, Bars, Content, Plot, Point, Series, Table, code, number, text
+from onnxcompress.report.page import Axis, Bar, Bars, Content, Plot, Point, Row, Series, Table, code, number, text
 from onnxcompress.report.pages import VERBS, build
 from onnxcompress.report.pages.sections import metric_name
 from onnxcompress.report.plots import draw, nice_step
@@ -301,3 +301,14 @@ def test_figures_that_are_no_numbers_are_said():
     content["layers"][0] |= {"error": float("nan"), "bits_per_weight": float("inf")}
     reader = read(to_html([build(content, "quantize")]))
     assert "not finite" in reader.words and "nan" not in reader.words.split() and "inf" not in reader.words.split()
+
+
+def test_latencies_of_a_compression_are_drawn_as_of_one_minute():
+    """A busy machine does not make a step slower than the original that was timed with it."""
+    content = run_of("compress")
+    content["before"]["latency"] |= {"original_ms": 0.05, "result_ms": 0.05, "ratio": 1.0}
+    content["attempts"][0]["figures"]["latency"] |= {"original_ms": 8.0, "result_ms": 4.0, "ratio": 2.0}
+    blocks = [block for section in build(content, "compress").sections for block in section.blocks]
+    series = [one for row in blocks if isinstance(row, Row) for plot in row.plots[1:] for one in plot.series]
+    drawn = {point.label: point.x for one in series for point in one.points}
+    assert drawn["original"] == 0.05 and drawn["1 optimize"] == 0.025
