@@ -10,7 +10,7 @@ from onnxcompress.compression.point import allowed_share, reached
 from onnxcompress.compression.recipe import Step
 from onnxcompress.compression.settings import GOALS
 from onnxcompress.compression.strategy import brings
-from onnxcompress.compression.wording import drop_text
+from onnxcompress.compression.wording import too_much_text
 from onnxcompress.errors import OnnxCompressError, RecipeError
 
 
@@ -54,7 +54,8 @@ class Script:
         """Whether a step stays; one that loses too much may be followed by training, which is judged with it."""
         drop = None if self.goal is None else self.goal.drop
         if not found.found.within(drop):
-            found.verdict = f"{drop_text(found.found)}, allowed {drop:.2%}"
+            assert drop is not None
+            found.verdict = too_much_text(found.found, drop)
             return False
         if not brings(current.found, found.found, self.goal) and not wins_back(current, found, self.goal):
             found.verdict = "it brings nothing of what is wished"

@@ -17,7 +17,7 @@ from onnxcompress.compression.attempts import Attempt, Attempts
 from onnxcompress.compression.goal import Goal, Limit
 from onnxcompress.compression.point import Point, allowed_share, excess, reached
 from onnxcompress.compression.recipe import Step
-from onnxcompress.compression.wording import drop_text, goal_figure
+from onnxcompress.compression.wording import drop_text, goal_figure, too_much_text
 
 FITS_ALONE = "supernet,search"
 TRAINED = "supernet,search,train"
@@ -26,9 +26,8 @@ TRAINING_STEPS, TRAINING_BATCH, TRAINING_EPOCHS = 400, 64, 4  # at least so many
 WIDTHS = (0.7, 0.5, 0.35)  # of the MACs, where quantizing alone cannot reach a size
 BISECTIONS = 3  # of speed
 SIZE_BISECTIONS = 4
-DROP_TRIALS = 3  # of the drop that quantize is told, where it is larger on the samples that judge
-SMALLER = 1.5  # times, from one tuned file to the next, where the smallest is looked for
-TUNED_TRIALS = 4
+SMALLER = 1.5  # times, from one file to the next, where the smallest is looked for
+SMALLEST_TRIALS = 4
 CLOSE_SIZE = 1.25  # from the smallest that lost too much, where the search for the smallest file ends
 LATENCY_TRIALS = 4  # of a width, until latency is as wished
 CLOSE = 0.93  # of the latency that is allowed: near enough
@@ -287,27 +286,30 @@ class Strategy:
         return self._quantized(size, base, "codebooks alone lose too much: tuned together", tune=True), base
 
     def _smallest(self, current: Attempt) -> Attempt:
-        """The smallest file within the drop: quantize looks for it, and tuned files are made smaller from there."""
+        """The smallest file within the drop: quantize looks for it, and sizes about that are tried, tuned."""
         base, nearest = self._before_passes(current), current
         assert self.goal.drop is not None
-        allowed = self.goal.drop
-        for _ in range(DROP_TRIALS):
-            told = {"max-drop": f"{allowed:g}"}
-            found = self._try("quantize", told, base, f"the smallest file of which quantize sees {allowed:.2%} lost")
-            if found.point is None or self._within(found):
-                nearest = nearest if found.point is None else found
+        told = {"max-drop": f"{self.goal.drop:g}"}
+        first = self._try("quantize", told, base, "the smallest file of those that quantize tries")
+        if first.point is None:
+            return nearest
+        fits, size = self._within(first), float(first.found.size_bytes)
+        if fits:
+            nearest = first
+            if not self._can_tune:
+                return first
+        low, high = 0.0, size if fits else math.inf
+        middle = size / SMALLER if fits else size if self._can_tune else size * SMALLER
+        for _ in range(SMALLEST_TRIALS):
+            if middle >= current.found.size_bytes or high < low * CLOSE_SIZE:
                 break
-            allowed /= 2
-        low, high = 0.0, float(nearest.found.size_bytes)
-        for _ in range(TUNED_TRIALS if self._can_tune else 0):
-            middle = int(math.sqrt(low * high) if low else high / SMALLER)
-            if low and high < low * CLOSE_SIZE:
-                break
-            found = self._quantized(middle, base, f"fewer bytes, {middle:,}, may do when all are tuned", tune=True)
+            why = f"{middle:,.0f} bytes may do" + (" when all codebooks are tuned" if self._can_tune else "")
+            found = self._quantized(int(middle), base, why, tune=self._can_tune)
             if found.point is not None and self._within(found):
                 nearest, high = found, float(found.found.size_bytes)
             else:
-                low = float(middle)
+                low = middle
+            middle = high / SMALLER if not low else low * SMALLER if high == math.inf else math.sqrt(low * high)
         return nearest
 
     def _narrower(self, size: int, plain: Attempt, base: Attempt, current: Attempt) -> tuple[Attempt, Attempt]:
@@ -364,7 +366,7 @@ class Strategy:
         if attempt.found.within(self.goal.drop):
             return True
         assert self.goal.drop is not None
-        attempt.verdict = f"{drop_text(attempt.found)}, allowed {self.goal.drop:.2%}"
+        attempt.verdict = too_much_text(attempt.found, self.goal.drop)
         return False
 
     def _best(self, found: Sequence[Attempt], limit: Limit | None = None) -> Attempt | None:

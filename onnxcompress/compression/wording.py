@@ -14,6 +14,13 @@ def drop_text(point: Point, *, bare: bool = False) -> str:
     return amount if bare else f"{point.criterion} drops by {amount}"
 
 
+def too_much_text(point: Point, allowed: float) -> str:
+    """``top1 drops by 3.00%, allowed 1.00%``, with as many digits as tell them apart."""
+    assert point.drop is not None
+    digits = next((count for count in (2, 3, 4) if f"{point.drop:.{count}%}" != f"{allowed:.{count}%}"), 6)
+    return f"{point.criterion} drops by {point.drop:.{digits}%}, allowed {allowed:.{digits}%}"
+
+
 def goal_figure(limit: Limit, point: Point, original: Point) -> str:
     """A figure in the form in which its goal was given: ``size 9.8x``."""
     if limit.key == "size":

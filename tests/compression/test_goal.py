@@ -9,7 +9,7 @@ import pytest
 
 from onnxcompress.compression.goal import Goal, goal_of, parse_goal
 from onnxcompress.compression.point import Point, excess, reached
-from onnxcompress.compression.wording import latency_text, nearest_text
+from onnxcompress.compression.wording import latency_text, nearest_text, too_much_text
 from onnxcompress.errors import RecipeError
 from onnxcompress.measure import LatencyFigures
 
@@ -97,6 +97,11 @@ def test_a_drop_alone_asks_for_the_smallest_file():
     assert goal.is_smallest and goal.text == "drop=1%" and not parse_goal("size=2x, drop=1%").is_smallest
     found = nearest_text(goal, point(size=250, drop=0.005), point())
     assert found == "size 4.00x, top1 drops by 0.50%"
+
+
+def test_what_is_lost_and_what_is_allowed_are_told_apart():
+    assert too_much_text(point(drop=0.03), 0.01) == "top1 drops by 3.00%, allowed 1.00%"
+    assert too_much_text(point(drop=6 / 599), 0.01) == "top1 drops by 1.002%, allowed 1.000%"
 
 
 def test_latency_is_told_beside_the_original_of_the_same_minute():

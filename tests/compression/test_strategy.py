@@ -192,23 +192,25 @@ def test_the_nearest_has_the_size_even_where_the_speed_is_out_of_reach():
 
 def test_of_a_drop_alone_the_smallest_file_is_looked_for():
     def figures(step: Step, base: Point) -> Outcome:
-        """A size loses 0.01 * 100 / bytes, tuned half of it; quantize sees half of the drop of other samples."""
+        """A size loses 0.01 * 100 / bytes, tuned half of it; on its own samples quantize sees half of the drop."""
         if "max-drop" in step.settings:
-            return (
-                int(0.5 * 1.0 / float(step.settings["max-drop"])),
-                base.macs,
-                1.0,
-                2 * float(step.settings["max-drop"]),
-            )
+            return 50, base.macs, 1.0, 0.02
         return network(plain=0.01, tuned=0.005)(step, base)
 
     last, made = run("drop=1%", figures)
-    assert [attempt.step.settings.get("max-drop") for attempt in made.tried[1:3]] == ["0.01", "0.005"]
+    assert made.tried[1].step.settings == {"max-drop": "0.01"}
     assert made.tried[1].verdict == "top1 drops by 2.00%, allowed 1.00%"
-    assert last.step.settings["tune"] == "joint" and 50 <= last.found.size_bytes <= 63 and last.found.drop <= 0.01
+    sizes = [attempt.step.settings["size"] for attempt in made.tried[2:]]
+    assert sizes == ["50", "33", "40"] and last is made.tried[2] and last.step.settings["tune"] == "joint"
     bare = Means(data=True, torch=True, train=False, fitted=5000, labelled=True)
     last, made = run("drop=1%", figures, bare)
-    assert last is made.tried[2] and last.found.size_bytes == 100
+    assert [attempt.step.settings["size"] for attempt in made.tried[2:]] == ["75", "112", "91"]
+    assert last is made.tried[3] and last.found.drop <= 0.01
+    # Where quantize is right, a tuned file has to be smaller still.
+    last, made = run("drop=2%", figures)
+    assert [attempt.step.settings["size"] for attempt in made.tried[2:]] == ["33", "22", "26"] and last is made.tried[4]
+    last, made = run("drop=2%", figures, bare)
+    assert last is made.tried[1] and len(made.tried) == 2
     # Nothing to be had: exact rewrites are left.
     last, made = run("drop=1%", lambda step, base: None if step.verb == "quantize" else (900, 900, 0.9, 0.0), bare)
     assert last is made.tried[0]
@@ -263,6 +265,19 @@ def test_channels_go_where_codebooks_alone_cannot_reach_the_size():
     last, made = run("size=20x, drop=1%", figures)
     assert [attempt.step.verb for attempt in last.chain] == ["prune-width", "quantize"]
     assert last.found.size_bytes == 50 and made.verbs.count("prune-width") == 2  # 0.7 did not do
+
+
+def test_channels_that_go_for_a_size_are_trained_where_they_lose_too_much():
+    def figures(step: Step, base: Point) -> Outcome:
+        if step.verb == "quantize" and base.macs > 700:
+            return None
+        return network(width=0.04, tuned_weights=0.75)(step, base)
+
+    last, _ = run("size=20x, drop=1%", figures)
+    assert [attempt.step.verb for attempt in last.chain] == ["prune-width", "finetune", "quantize"]
+    few = Means(data=True, torch=True, train=True, fitted=100, labelled=True)
+    last, made = run("size=20x, drop=1%", figures, few)
+    assert "finetune" not in made.verbs and last is made.tried[0]
 
 
 def test_speed_comes_before_size():
