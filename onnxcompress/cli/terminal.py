@@ -49,9 +49,17 @@ def model_progress(total: int, quiet: bool) -> Iterator[ModelProgress]:
         yield ModelProgress(None, total, quiet=quiet)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    several = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if total > 1 else []
+    several = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()] if total > 1 else [TimeElapsedColumn()]
     columns = [SpinnerColumn(), TextColumn("{task.description}"), *several]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield ModelProgress(bar, total)
