@@ -419,6 +419,19 @@ def pads_at_first(convs: Sequence[ConvOp]) -> list[ConvOp]:
 # -- a block in a graph ----------------------------------------------------------------------------------------------
 
 
+def after_deletions(graph: Graph, block: Block) -> Block:
+    """A block that can be deleted, as it is known in a graph that others were deleted from: its source may be theirs.
+
+    Raises:
+        RecipeError: It is not there.
+    """
+    add = next((node for node in graph.nodes if node.name == block.add), None)
+    site = None if add is None else deletion(graph, add)
+    if site is None:
+        raise RecipeError(f"block {block.name!r} is not in this graph: {block.add!r} is no Add that can be left out")
+    return replace(block, source=str(site.source.name), output=str(site.output.name))
+
+
 def locate(graph: Graph, block: Block) -> Site:
     """The block in this graph, or in a copy of the one that it was found in.
 

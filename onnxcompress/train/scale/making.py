@@ -23,6 +23,7 @@ from onnxcompress.graph import Constant, Graph
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.checkpoint import Checkpoint
+from onnxcompress.train.depth.blocks import after_deletions
 from onnxcompress.train.depth.fitting import fit_blocks, fit_outputs
 from onnxcompress.train.depth.given import file_digest
 from onnxcompress.train.depth.preparation import copy_graph
@@ -102,7 +103,7 @@ def move_weights(source: Graph, target: Graph) -> None:
 
 
 def _delete(given: Given, graph: Graph, ladders: Ladders, start: int, end: int) -> Graph:
-    blocks = in_order(graph, ladders.blocks[start:end])
+    blocks = [after_deletions(graph, block) for block in in_order(graph, ladders.blocks[start:end])]
     if not blocks:
         return graph
     supernet = build_supernet(graph, blocks)

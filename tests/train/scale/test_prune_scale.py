@@ -21,8 +21,12 @@ from onnxcompress.model_io import load, save
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.testing import model, run
 from onnxcompress.train.depth.offers import BudgetError
+from onnxcompress.train.scale.axes import Ladders, count_all
+from onnxcompress.train.scale.given import Given
+from onnxcompress.train.scale.making import prune
 from onnxcompress.train.scale.options import ScaleOptions, parse_axes
 from onnxcompress.train.scale.pruning import plan_scale, prune_scale
+from onnxcompress.train.scale.ranking import residual_blocks
 from onnxcompress.train.settings import TrainSettings
 
 pytest.importorskip("sklearn")
@@ -167,6 +171,22 @@ def test_processes_make_the_same_points(pruned, tmp_path):
     assert [point.figure for point in found.decision.points] == alone
     assert found.decision.off_axis_error is None  # there is one axis
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx"]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+@pytest.mark.parametrize("name", ["mobilenetv2_mini", "deit_mini"])
+def test_blocks_that_read_one_another_go_in_any_order(name, step):
+    options = replace(OPTIONS, calibration=64, limit=200)
+    with Given(FOLDER / f"{name}_digits.onnx", options) as given:
+        blocks, whole = residual_blocks(given.graph)
+        pairs = [(a, b) for a, b in zip(blocks, blocks[1:], strict=False) if b.source == a.output]
+        ladders = Ladders(blocks=pairs[0][::step], block_count=whole)
+        first = prune(given, ladders, (1, 0, 0))
+        second = prune(given, ladders, (2, 0, 0), held=first, at=(1, 0, 0))
+        there = {node.name for node in second.nodes}
+        assert not there & {name for block in pairs[0] for name in (block.add, *block.nodes)}
+        table = count_all(given.graph, ladders, count(given.graph).macs)
+        assert [count(graph).macs for graph in (first, second)] == [table.cost((n, 0, 0)) for n in (1, 2)]
 
 
 @pytest.mark.slow
