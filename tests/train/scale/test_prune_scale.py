@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -179,7 +180,7 @@ def test_blocks_that_read_one_another_go_in_any_order(name, step):
     options = replace(OPTIONS, calibration=64, limit=200)
     with Given(FOLDER / f"{name}_digits.onnx", options) as given:
         blocks, whole = residual_blocks(given.graph)
-        pairs = [(a, b) for a, b in zip(blocks, blocks[1:], strict=False) if b.source == a.output]
+        pairs = [(a, b) for a, b in itertools.pairwise(blocks) if b.source == a.output]
         ladders = Ladders(blocks=pairs[0][::step], block_count=whole)
         first = prune(given, ladders, (1, 0, 0))
         second = prune(given, ladders, (2, 0, 0), held=first, at=(1, 0, 0))
