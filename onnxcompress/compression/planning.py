@@ -13,7 +13,7 @@ from onnxcompress.compression.options import CompressOptions
 from onnxcompress.compression.recipe import Step
 from onnxcompress.compression.settings import Shared, options_of
 from onnxcompress.compression.steps import needs_torch
-from onnxcompress.compression.strategy import FITS_ALONE, LEAST_TO_TRAIN, Means
+from onnxcompress.compression.strategy import LEAST_TO_TRAIN, Means
 from onnxcompress.errors import OnnxCompressError
 from onnxcompress.runtime import Runtime
 
@@ -152,13 +152,13 @@ class _Planner:
         )
         found.append(Planned(width, when, "channels, fitted without training", expected))
         if self.means.torch:
-            step = self._step("prune-depth", {"stages": FITS_ALONE, **wish})
+            step = self._step("prune-depth", {**self.means.fits_alone, **wish})
             when = "beside it" if self.goal.drop is None else "if that loses too much"
             why = "blocks, likewise; of both the one that loses less is kept"
             found.append(Planned(step, when, why, self._expected(self._depth, step)))
         if self.goal.drop is not None:
             if self.means.torch:
-                half = self._step("prune-depth", {"stages": FITS_ALONE, **halfway})
+                half = self._step("prune-depth", {**self.means.fits_alone, **halfway})
                 found.append(
                     Planned(half, "if both lose too much", "half of the way by blocks, and channels for the rest", "")
                 )

@@ -61,6 +61,11 @@ class Means:
         return self.torch and self.train and self.fitted >= LEAST_TO_TRAIN
 
     @property
+    def fits_alone(self) -> dict[str, Any]:
+        """Settings of blocks that are fitted without training, in batches that there are samples for."""
+        return {"stages": FITS_ALONE, **({"batch": self.fitted} if self.fitted < TRAINING_BATCH else {})}
+
+    @property
     def training(self) -> dict[str, Any]:
         """Settings of a training that is planned."""
         epochs = max(TRAINING_EPOCHS, math.ceil(TRAINING_STEPS * TRAINING_BATCH / max(self.fitted, 1)))
@@ -209,7 +214,7 @@ class Strategy:
         return [self._width, *([self._depth] if self.means.torch else [])]
 
     def _depth(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
-        settings = {"stages": FITS_ALONE, **self._wish(limit, share, base)}
+        settings = {**self.means.fits_alone, **self._wish(limit, share, base)}
         return self._try("prune-depth", settings, base, f"blocks: {why}")
 
     def _trained(self, limit: Limit, share: float, base: Attempt) -> Attempt:

@@ -114,6 +114,14 @@ def test_within_a_drop_what_is_cheap_is_enough(goal):
     assert made.verbs == ["optimize", "prune-width", "prune-depth"] and last is made.tried[2]
 
 
+def test_blocks_are_fitted_in_batches_that_there_are_samples_for():
+    for fitted, batch in ((48, {"batch": 48}), (64, {})):
+        few = Means(data=True, torch=True, train=True, fitted=fitted, labelled=False)
+        _, made = run("macs=0.5x, drop=1%", network(width=0.04), few)
+        told = next(attempt.step.settings for attempt in made.tried if attempt.step.verb == "prune-depth")
+        assert told == {"stages": FITS_ALONE, **batch, "macs": "500"}
+
+
 def test_channels_are_taken_where_no_block_can_be_pruned():
     last, _ = run("latency=0.5x, drop=1%", network(depth=None, width=0.002))
     assert last.step.verb == "prune-width" and last.found.latency_share <= 0.5
