@@ -25,6 +25,7 @@ LEAST_TO_TRAIN = 512  # samples
 TRAINING_STEPS, TRAINING_BATCH, TRAINING_EPOCHS = 400, 64, 4  # at least so many of steps and epochs
 WIDTHS = (0.7, 0.5, 0.35)  # of the MACs, where quantizing alone cannot reach a size
 BISECTIONS = 3  # of speed
+CLOSE_SPEED = 1.05  # of the speed that is out of reach, from which on no better one is looked for
 SIZE_BISECTIONS = 4
 SMALLER = 1.5  # times, from one file to the next, where the smallest is looked for
 SMALLEST_TRIALS = 4
@@ -193,15 +194,26 @@ class Strategy:
         ways = self._ways(limit)
         low, high, nearest = share, min(1.0, self._figure(limit, current) / self._figure(limit, base)), current
         for _ in range(BISECTIONS if ways else 0):
+            if high < CLOSE_SPEED * low:
+                break
             middle = math.sqrt(low * high)
-            why = f"back to {middle:.3f}x, as {share:.3f}x is out of reach"
-            found = [attempt for way in ways if (attempt := way(limit, middle, base, why)).point is not None]
-            best = self._best(found) or self._best(self._finetuned(found))
+            best = self._one_of(ways, limit, middle, base, f"back to {middle:.3f}x, as {share:.3f}x is out of reach")
             if best is None:
                 low = middle
             else:
                 nearest, high = best, min(middle, self._figure(limit, best) / self._figure(limit, base))
         return nearest
+
+    def _one_of(self, ways: Sequence[Way], limit: Limit, share: float, base: Attempt, why: str) -> Attempt | None:
+        """The first way that loses no more than allowed; else what lost least, trained."""
+        found = []
+        for way in ways:
+            attempt = way(limit, share, base, why)
+            if attempt.point is not None:
+                found.append(attempt)
+                if self._within(attempt):
+                    return attempt
+        return self._best(self._finetuned(found))
 
     def _from(self, limit: Limit, current: Attempt) -> tuple[Attempt, float]:
         """Where pruning begins, and the share of it that is to be left."""

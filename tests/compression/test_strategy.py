@@ -229,6 +229,12 @@ def test_where_all_lose_too_much_the_nearest_is_found_by_bisection():
     # 0.02 (1 - share) = 0.01 at a share of one half; halves of the interval are taken in ratio.
     assert 0.5 <= last.found.macs / 1000 <= 0.62 and last.found.drop <= 0.01
     assert any("is out of reach" in attempt.why for attempt in made.tried)
+    # Channels are enough where they lose little enough, and what is close to the goal is near enough.
+    last, made = run("macs=0.25x, drop=1%", network(depth=0.02, width=0.0137, trained=0.02))
+    back = [attempt for attempt in made.tried if attempt.why.startswith(("channels: back", "blocks: back"))]
+    assert last is back[-1] and last.found.macs < 300 and [one.step.verb for one in back] == ["prune-width"] * 3
+    last, made = run("macs=0.86x, drop=1%", network(depth=0.1, width=0.1, trained=0.1))
+    assert last is made.tried[0] and not any("back to" in attempt.why for attempt in made.tried)  # 0.9x, and near
 
 
 def test_without_data_nothing_is_pruned():
