@@ -29,7 +29,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,31 @@ class Bench:
         largest = table.largest(within)
         assert job.predictor is not None
         found = {arm: point.levels for arm, point in zip(FINALISTS, job.finalists(decision), strict=False)}
-        found["first"] = largest[job.predictor.best(*job.coordinates(largest))]
-        plain = replace(job.predictor, correction=None)
-        found["product"] = largest[plain.best(*job.coordinates(largest))]
+
+        def first_within(wanted: Callable[[list[Levels]], Levels], triples: Sequence[Levels]) -> Levels | None:
+            left = list(triples)
+            while left:
+                levels = wanted(left)
+                if job.is_within(levels):
+                    return levels
+                left.remove(levels)
+            return None
+
+        for arm, predictor in (("first", job.predictor), ("product", replace(job.predictor, correction=None))):
+            best = first_within(lambda left, p=predictor: left[p.best(*job.coordinates(left))], largest)
+            found |= {} if best is None else {arm: best}
+        ends = {point.axis: point.levels for point in decision.points}
         for arm, direction in DIRECTIONS.items():
             if arm in AXES:
-                number = AXES.index(arm)
-                alone = [levels for levels in largest if sum(map(bool, levels)) == 1 and levels[number]]
-                if alone:
-                    found[arm] = alone[0]
-            else:
-                found[arm] = table.nearest(band or largest, direction, limit)
+                if arm in ends and table.cost(ends[arm]) <= limit and job.is_within(ends[arm]):
+                    found[arm] = ends[arm]
+                continue
+            nearest = first_within(lambda left, way=direction: table.nearest(left, way, limit), band or largest)
+            found |= {} if nearest is None else {arm: nearest}
         rest = [levels for levels in band or largest if sum(map(bool, levels)) > 1 and levels not in found.values()]
         draws = np.random.PCG64(self.seed).random_raw(len(rest)).argsort(kind="stable")
-        found |= {arm: rest[int(row)] for arm, row in zip(RANDOM, draws, strict=False)}
+        drawn = (rest[int(row)] for row in draws)
+        found |= dict(zip(RANDOM, filter(job.is_within, drawn), strict=False))
         return found
 
     def run(self, arm: str, levels: Levels) -> Row:

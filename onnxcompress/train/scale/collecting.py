@@ -33,14 +33,14 @@ from onnxcompress.train.scale.solving import CostTable, Levels, step_levels
 WAY_OUT = "--no-resume starts anew, --checkpoint names another folder"
 
 
-def axis_points(table: CostTable, limit: float, options: ScaleOptions) -> dict[str, list[Point]]:
-    """The points on each axis, from the first round to the last; none for an axis that has no levels."""
+def axis_points(table: CostTable, ends: Mapping[str, int], options: ScaleOptions) -> dict[str, list[Point]]:
+    """The points on each axis, from the first round to its last level; none for an axis that has no levels."""
     found: dict[str, list[Point]] = {}
     for number, axis in enumerate(AXES):
         if axis not in options.axes:
             continue
         points = []
-        for level in step_levels(table.alone(number), limit, options.rounds):
+        for level in step_levels(table.alone(number), ends[axis], options.rounds):
             d, w, r = (level if number == other else 0 for other in range(3))
             points.append(point_at(table, axis, (d, w, r)))
         found[axis] = points

@@ -48,7 +48,7 @@ from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOpt
 from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
 from onnxcompress.train.scale.racing import candidates, in_order
 from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
-from onnxcompress.train.scale.solving import Levels, cross_check
+from onnxcompress.train.scale.solving import Levels, cross_check, last_level
 from onnxcompress.train.scale.timing import LatencyTable
 from onnxcompress.train.supervision import Supervision
 from onnxcompress.train.torch_graph import TorchGraph
@@ -122,6 +122,7 @@ class Job:
         self.say("reading the model")
         self.ladders = self._ladders()
         self.table = count_all(given.graph, self.ladders, float(given.figures.macs))
+        self._macs: dict[Levels, int] = {}
         self.predictor: Predictor | None = None  # what a decision was made by
         self.latency: LatencyTable | None = None
         if self.goal.kind == "latency":
@@ -226,6 +227,20 @@ class Job:
         """Axes with more than one level."""
         return [axis for number, axis in enumerate(AXES) if self.table.costs.shape[number] > 1]
 
+    def _ends(self) -> dict[str, int]:
+        """By axis the level at which it alone keeps the goal: merged, a graph may have more MACs than are counted."""
+        found = {}
+        for number, axis in enumerate(AXES):
+            alone = self.table.alone(number)
+            level = last_level(alone, self.limit)
+            for deeper in range(level, min(len(alone), level + _TRIALS)):
+                d, w, r = (deeper if number == other else 0 for other in range(3))
+                if alone[deeper] <= self.limit and self.is_within((d, w, r)):
+                    level = deeper
+                    break
+            found[axis] = level
+        return found
+
     def _last(self, points: Mapping[str, Sequence[Point]]) -> dict[str, int]:
         """By axis the last level that is measured."""
         return {axis: max(p.levels[AXES.index(axis)] for p in found) for axis, found in points.items() if found}
@@ -256,7 +271,7 @@ class Job:
         """Collect points, fit, and choose."""
         start = time.monotonic()
         options, given = self.options, self.given
-        points = axis_points(self.table, self.limit, options)
+        points = axis_points(self.table, self._ends(), options)
         self.triples(points)  # before anything is trained
         several = len([axis for axis in points if points[axis]]) > 1
         total = sum(map(len, points.values())) + (options.mixed + options.candidates if several else 0)
@@ -377,12 +392,12 @@ class Job:
 
     def is_within(self, levels: Levels) -> bool:
         """Whether the real graph at a triple keeps the goal."""
-        merged = self.merged(levels)
-        if self.latency is None:
-            macs = count(merged).macs
-            logger.info("levels %s: %d MACs, %.0f by the table", levels, macs, self.table.cost(levels))
-            return macs <= self.limit
-        return self.latency.measured(levels, merged) <= self.limit
+        if self.latency is not None:
+            return self.latency.measured(levels, self.merged(levels)) <= self.limit
+        if levels not in self._macs:
+            self._macs[levels] = count(self.merged(levels)).macs
+            logger.info("levels %s: %d MACs, %.0f by the table", levels, self._macs[levels], self.table.cost(levels))
+        return self._macs[levels] <= self.limit
 
     def merged(self, levels: Levels) -> Graph:
         """The structure at a triple, merged; with the weights of the original."""
@@ -442,7 +457,7 @@ class Job:
         )
 
     def plan(self) -> ScalePlan:
-        points = axis_points(self.table, self.limit, self.options)
+        points = axis_points(self.table, self._ends(), self.options)
         triples = self.triples(points)
         several = len([axis for axis in points if points[axis]]) > 1
         options = self.options

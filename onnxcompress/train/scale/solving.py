@@ -24,6 +24,7 @@ from onnxcompress.train.scale.predictor import AXES, Predictor
 PAPER_EXPONENTS = (1.0, 2.0, 2.0)
 EFFICIENTNET = (math.log(1.2), 2 * math.log(1.1), 2 * math.log(1.15))  # Tan & Le 2019: shares of ln(cost)
 Levels = tuple[int, int, int]
+_LEAST = 1e-3  # size of an axis of which nothing is left, where it is a real number
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +104,20 @@ class CostTable:
         return min(triples, key=distance)
 
 
-def step_levels(alone: np.ndarray, limit: float, rounds: int) -> list[int]:
-    """Levels of one axis in about equal steps of cost, the last one within the limit or the end of the axis.
+def last_level(alone: np.ndarray, limit: float) -> int:
+    """Of one axis with these costs, the first level within the limit, or the cheapest one."""
+    reaching = np.flatnonzero(alone <= limit)
+    return int(reaching[0]) if len(reaching) else int(np.argmin(alone))
+
+
+def step_levels(alone: np.ndarray, last: int, rounds: int) -> list[int]:
+    """Levels of one axis in about equal steps of cost.
 
     Args:
         alone: Costs of its levels.
-        limit: Of the cost.
+        last: The last of them.
         rounds: Steps at most.
     """
-    reaching = np.flatnonzero(alone <= limit)
-    last = int(reaching[0]) if len(reaching) else int(np.argmin(alone))
     if last == 0:
         return []
     start, end = float(alone[0]), float(alone[last])
@@ -222,6 +227,10 @@ def cross_check(
 def _exponent(table: CostTable, levels: Levels, axis: int, last: int) -> float:
     """d ln C / d ln x between the neighbouring levels."""
     low, high = max(levels[axis] - 1, 0), min(levels[axis] + 1, last)
+    while high > low and table.sizes[axis][high] <= 0:  # nothing of it is left: there is no logarithm
+        high -= 1
+    if high == low:
+        return PAPER_EXPONENTS[axis]
 
     def at(level: int) -> tuple[float, float]:
         there: Any = tuple(level if a == axis else levels[a] for a in range(3))
@@ -235,6 +244,7 @@ def _exponents(table: CostTable, near: Sequence[Levels], last: Mapping[str, int]
     """a, b, c of C = C0 d^a w^b r^c by least squares over triples near the limit."""
     found = list(PAPER_EXPONENTS)
     axes = [number for number, axis in enumerate(AXES) if axis in last]
+    near = [levels for levels in near if min(table.size(levels)) > 0]
     if len(near) > len(axes):
         logs = np.array([[math.log(size) for size in table.size(levels)] for levels in near])[:, axes]
         costs = np.log(np.array([table.costs[levels] for levels in near]) / table.costs[0, 0, 0])
@@ -263,7 +273,7 @@ def _continuous(
 ) -> tuple[tuple[float, float, float], float]:
     """The best point of a fine grid with the cost as a product of powers."""
     grids = [
-        np.linspace(table.sizes[number][last.get(axis, 0)], 1.0, steps if axis in last else 1)
+        np.linspace(max(table.sizes[number][last.get(axis, 0)], _LEAST), 1.0, steps if axis in last else 1)
         for number, axis in enumerate(AXES)
     ]
     points = np.stack([part.reshape(-1) for part in np.meshgrid(*grids, indexing="ij")], axis=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
-from onnxcompress.train.scale.solving import EFFICIENTNET, CostTable, cross_check, step_levels
+from onnxcompress.train.scale.solving import EFFICIENTNET, CostTable, cross_check, last_level, step_levels
 
 SIZES = [1.0, 0.85, 0.7, 0.55, 0.4]
 
@@ -100,10 +100,12 @@ def test_noise_corrects_little():
 
 def test_rounds_go_down_to_the_goal_in_equal_steps_of_cost():
     alone = np.array([100, 95, 88, 80, 71, 66, 52, 49, 30])
-    assert step_levels(alone, 50, 4) == [2, 4, 5, 7]
-    assert step_levels(alone, 20, 2) == [5, 8]  # out of reach: to its end
-    assert step_levels(np.array([100]), 50, 4) == []
-    assert step_levels(np.array([100, 40]), 50, 4) == [1]
+    assert last_level(alone, 50) == 7
+    assert step_levels(alone, 7, 4) == [2, 4, 5, 7]
+    assert last_level(alone, 20) == 8  # out of reach: to its end
+    assert step_levels(alone, 8, 2) == [5, 8]
+    assert step_levels(np.array([100]), 0, 4) == []
+    assert step_levels(np.array([100, 40]), last_level(np.array([100, 40]), 50), 4) == [1]
 
 
 def test_triples_within_the_goal():
@@ -145,6 +147,22 @@ def test_the_conditions_hold_at_an_optimum_inside():
     assert [one.exponent for one in check.axes] == pytest.approx([1, 2, 2], rel=0.01)
     assert check.exponents == pytest.approx((1, 2, 2), rel=1e-6) and abs(check.model_error) < 1e-9
     assert check.continuous_figure == pytest.approx(check.chosen_figure, abs=0.01)
+
+
+@pytest.mark.parametrize("chosen", [(2, 0, 0), (1, 1, 0), (2, 1, 0)])
+def test_an_axis_may_go_whole(chosen):
+    costs = CostTable(
+        ((1.0, 0.5, 0.0), (1.0, 0.5), (1.0,)), np.array([[[100.0], [60]], [[60.0], [35]], [[20.0], [10]]]), 100.0
+    )
+    fits = {
+        "depth": fit_axis("depth", [1.0, 0.5, 0.0], [0.9, 0.8, 0.6]),
+        "width": fit_axis("width", [1, 0.5], [0.9, 0.7]),
+    }
+    for limit in (20.0, 40.0, 60.0):
+        check = cross_check(costs, Predictor(0.9, fits), chosen, limit, {"depth": 2, "width": 1})
+        assert [one.axis for one in check.axes] == ["depth", "width"]
+        assert all(math.isfinite(value) for one in check.axes for value in (one.gain, one.paper_gain, one.exponent))
+        assert all(math.isfinite(value) for value in check.exponents)
 
 
 def test_a_bound_is_said():
