@@ -141,7 +141,7 @@ def _choice(found: Mapping[str, Any], metric: str) -> Section:
         [text("allowed"), number(found["limit"], ".3f")],
         [text("networks within the limit"), number(found["triples"])],
         [text("points measured"), number(len(found["points"]))],
-        [text("candidates that were trained for a while"), number(len(found["candidates"]))],
+        [text("candidates that were trained for a while"), number(len(found.get("candidates", ())))],
         [text("seconds of collecting"), number(found["seconds"], ",.0f")],
     ]
     sizes = [
@@ -185,7 +185,7 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 
 def _collected(found: Mapping[str, Any], metric: str) -> Section:
     series = []
-    everything = [*found["points"], *(point for point in found["candidates"] if point["axis"] == "candidate")]
+    everything = [*found["points"], *(point for point in found.get("candidates", ()) if point["axis"] == "candidate")]
     for axis in (*AXES, "mixed", "candidate"):
         points = [
             Point(point["cost"], point["figure"], point["name"])
@@ -207,7 +207,7 @@ def _collected(found: Mapping[str, Any], metric: str) -> Section:
             number(point["cost"], ".3f"),
             metric_cell(metric, point["fitted"]),
             metric_cell(metric, point["figure"]),
-            number(point["loss"], ".4g"),
+            number(point.get("loss"), ".4g"),
             number(point["seconds"], ",.0f"),
         ]
         for point in everything
