@@ -15,7 +15,7 @@ import torch
 from onnxcompress.data import Dataset, load_data
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.graph import Graph
-from onnxcompress.measure import LatencyFigures, compare_latency, figures, size_on_disk
+from onnxcompress.measure import LatencyFigures, compare_latency, figures, size_on_disk, with_plain_macs
 from onnxcompress.model_io import load, save
 from onnxcompress.optimizer import check_target
 from onnxcompress.runtime import Runtime
@@ -93,8 +93,9 @@ class Given:
         original = load(self.source)
         self.proto = read_model(self.source)
         infer_shapes(original)
-        self.figures = figures(original, size_on_disk(self.source, original))
+        plain = figures(original, size_on_disk(self.source, original))
         self.graph = prepare(original, runtime=self.runtime)
+        self.figures = with_plain_macs(plain, self.graph)
         self.blocks, self.refusals = choose_blocks(
             self.graph, named_runs=options.named_runs, only=options.only, skip=options.skip, delete=options.delete
         )

@@ -17,7 +17,7 @@ from onnxcompress.channels.preparing import prepare as prepare_channels
 from onnxcompress.data import Dataset, load_data
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.graph import Graph
-from onnxcompress.measure import Figures, figures, size_on_disk
+from onnxcompress.measure import Figures, figures, size_on_disk, with_plain_macs
 from onnxcompress.model_io import load
 from onnxcompress.runtime import Runtime
 from onnxcompress.shapes import infer_shapes
@@ -72,7 +72,7 @@ class Given:
     def figures(self) -> Figures:
         original = load(self.source)
         infer_shapes(original)
-        return figures(original, size_on_disk(self.source, original))
+        return with_plain_macs(figures(original, size_on_disk(self.source, original)), self.graph)
 
     @functools.cached_property
     def original(self) -> TorchGraph:

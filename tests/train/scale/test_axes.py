@@ -11,17 +11,21 @@ import pytest
 from onnxcompress import models
 from onnxcompress.channels.allocation import Limits
 from onnxcompress.channels.groups import find_channels
+from onnxcompress.channels.options import Goal
 from onnxcompress.channels.preparing import prepare as prepare_channels
 from onnxcompress.channels.ranking import magnitudes
 from onnxcompress.cost import count
 from onnxcompress.measure import LatencyFigures
-from onnxcompress.model_io import load, to_proto
+from onnxcompress.model_io import load, save, to_proto
 from onnxcompress.runtime import Runtime
-from onnxcompress.testing import run
+from onnxcompress.shapes import infer_shapes
+from onnxcompress.testing import model, run
 from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.preparation import prepare as prepare_blocks
 from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, remove, structure, width_ladder
+from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.making import move_weights
+from onnxcompress.train.scale.options import ScaleOptions
 from onnxcompress.train.scale.ranking import residual_blocks
 from onnxcompress.train.scale.solving import CostTable
 from onnxcompress.train.scale.timing import MARGIN, LatencyTable
@@ -160,3 +164,20 @@ def test_latency_is_estimated_from_the_axes_and_measured_where_it_counts(tmp_pat
     assert len(clock.timed) == count_of and again.original_ms == 10.0
     read(False)
     assert len(clock.timed) > count_of
+
+
+def test_macs_of_a_file_whose_sizes_hide_are_those_of_the_prepared_graph(tmp_path):
+    rng = np.random.default_rng(0)
+    hidden = model(
+        "g (float[N,1,8,8] x) => (float[N,4] y) { f = Cast<to=1>(p) q = Cast<to=7>(f) a = Pad(x, q) b = Conv(a, w) "
+        "c = GlobalAveragePool(b) y = Flatten(c) }",
+        p=np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        w=rng.normal(size=(4, 1, 3, 3)).astype(np.float32),
+    )
+    save(load(hidden), tmp_path / "hidden.onnx")
+    graph = load(hidden)
+    infer_shapes(graph)
+    assert not count(graph).exact
+    options = ScaleOptions(data="x", val="x", goal=Goal("macs", 0.5, True))
+    with Given(tmp_path / "hidden.onnx", options) as given:
+        assert (given.figures.macs, given.figures.macs_exact) == (4 * 9 * 64, True)
