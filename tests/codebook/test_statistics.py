@@ -642,3 +642,34 @@ def test_no_skip(runtime, name):
 
     skips(runtime, body, weights, look)
     assert seen == ["A", "B"]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_hardly_varies_keeps_its_variance(paired):
+    rng = np.random.default_rng(0)
+    spread = np.array([1.0, 0.05, 0.05, 1.0])
+    rows = rng.normal(size=(1, 4000, 4)) * spread + np.array([0.5, 400.0, -900.0, 3.0])
+    mixed = rows @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.2, 0, 0, 1.0]])
+    quantized, floats = mixed.astype(np.float32), (mixed + 0.03 * rng.normal(size=mixed.shape)).astype(np.float32)
+    skip = (quantized[:, :, :2] - floats[:, :, :2]).astype(np.float32)
+    sums = Sums(1, 4, paired, 2 if paired else 0)
+    for at in range(0, 4000, 1000):
+        piece = slice(at, at + 1000)
+        sums.add(quantized[:, piece], floats[:, piece] if paired else None, skip[:, piece] if paired else None)
+        sums._flush()
+    found = sums.statistics()
+    x, y, c = (value[0].astype(np.float64) for value in (quantized, floats, skip))
+
+    def off(gram, a, b):
+        # Of the covariance, in units of the spreads: measured 2e-7 at most, 37 without the shift.
+        exact = np.cov(a.T, b.T, bias=True)[: a.shape[1], a.shape[1] :]
+        mean = np.outer(a.mean(axis=0), b.mean(axis=0))
+        return np.abs((gram / 4000 - mean - exact) / np.outer(a.std(axis=0), b.std(axis=0))).max()
+
+    assert found.rows == 4000 and np.abs(found.mean[0] - x.mean(axis=0)).max() < 1e-9
+    assert off(found.gram[0], x, x) < 2e-6
+    if paired:
+        assert np.abs(found.float_mean[0] - y.mean(axis=0)).max() < 1e-9
+        assert off(found.cross[0], x, y) < 2e-6 and off(found.float_gram[0], y, y) < 2e-6
+        assert off(found.skip.cross[0], x, c) < 2e-6 and off(found.skip.float_cross[0], y, c) < 2e-6
+    assert np.linalg.eigvalsh(found.gram[0] / 4000 - np.outer(found.mean[0], found.mean[0])).min() > 0
