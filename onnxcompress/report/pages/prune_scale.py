@@ -58,7 +58,7 @@ def page(content: Content) -> Page:
     tone = better_tone(content["before"], content["after"], higher)
     sections = [_figures(content, before, after, latency, metric), _pruned(content)]
     if found is not None:
-        sections += [_choice(found, metric), _fits(found, metric), _collected(found, metric)]
+        sections += [_choice(found, metric), _fits(found, metric), _collected(found, metric, content["finalists"])]
     return Page(
         verb="prune-scale",
         title=base_name(content["source"]),
@@ -141,7 +141,7 @@ def _choice(found: Mapping[str, Any], metric: str) -> Section:
         [text("allowed"), number(found["limit"], ".3f")],
         [text("networks within the limit"), number(found["triples"])],
         [text("points measured"), number(len(found["points"]))],
-        [text("candidates that were trained for a while"), number(len(found.get("candidates", ())))],
+        [text("candidates that were trained for a while"), number(len(found["candidates"]))],
         [text("seconds of collecting"), number(found["seconds"], ",.0f")],
     ]
     sizes = [
@@ -183,10 +183,11 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
     return sum(value * x**power for power, value in enumerate(coefficients))
 
 
-def _collected(found: Mapping[str, Any], metric: str) -> Section:
+def _collected(found: Mapping[str, Any], metric: str, finalists: Sequence[Mapping[str, Any]]) -> Section:
     series = []
-    everything = [*found["points"], *(point for point in found.get("candidates", ()) if point["axis"] == "candidate")]
-    for axis in (*AXES, "mixed", "candidate"):
+    raced = [point for point in found["candidates"] if point["axis"] == "candidate"]  # mixed ones are points, too
+    everything = [*found["points"], *raced, *finalists]
+    for axis in (*AXES, "mixed", "candidate", "finalist"):
         points = [
             Point(point["cost"], point["figure"], point["name"])
             for point in everything
@@ -207,7 +208,7 @@ def _collected(found: Mapping[str, Any], metric: str) -> Section:
             number(point["cost"], ".3f"),
             metric_cell(metric, point["fitted"]),
             metric_cell(metric, point["figure"]),
-            number(point.get("loss"), ".4g"),
+            number(point["loss"], ".4g"),
             number(point["seconds"], ",.0f"),
         ]
         for point in everything

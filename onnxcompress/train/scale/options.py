@@ -160,6 +160,9 @@ class Point:
     def name(self) -> str:
         return f"{self.axis}-{'-'.join(map(str, self.levels))}"
 
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "name": self.name}
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -263,8 +266,8 @@ class Decision:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain |= {
             "fits": [fit.as_dict() for fit in self.fits.values()],
-            "points": [{**dataclasses.asdict(point), "name": point.name} for point in self.points],
-            "candidates": [{**dataclasses.asdict(point), "name": point.name} for point in self.candidates],
+            "points": [point.as_dict() for point in self.points],
+            "candidates": [point.as_dict() for point in self.candidates],
             "check": dataclasses.asdict(self.check),
         }
         found: dict[str, Any] = finite(plain)
@@ -323,6 +326,7 @@ class ScaleResult:
         """For JSON, which has no infinity; what a figure of the fits needs is under "predictor"."""
         plain = dataclasses.asdict(dataclasses.replace(self, decision=None))
         del plain["decision"]
+        plain["finalists"] = [point.as_dict() for point in self.finalists]
         plain["predictor"] = None if self.decision is None else self.decision.as_dict()
         found: dict[str, Any] = finite(plain)
         return found
