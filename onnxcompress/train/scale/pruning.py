@@ -46,7 +46,7 @@ from onnxcompress.train.scale.finishing import Finisher, StepSay, compare
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import Decision, Point, Progress, ScaleOptions, ScalePlan, ScaleResult
 from onnxcompress.train.scale.predictor import AXES, Predictor, corrected, fit_axis
-from onnxcompress.train.scale.racing import candidates, in_order
+from onnxcompress.train.scale.racing import candidates, in_order, neighbours
 from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
 from onnxcompress.train.scale.solving import Levels, cross_check, last_level
 from onnxcompress.train.scale.timing import LatencyTable
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 HOPE = 1.0  # standard deviations that a candidate is credited with
 _SLACK = 0.95  # of the MACs of a goal: merged, a graph may have more than are counted
+_NEIGHBOURS = 2  # of the best candidate that are trained before it is looked at again
 _TRIALS = 8  # triples that are built or timed before the goal is given up
 
 Say = Callable[[Progress], None]
@@ -321,10 +322,28 @@ class Job:
         count, epochs = self.options.candidates, self.options.round_epochs * self.options.rounds
         chosen = candidates(count, best, everything, triples, predictor, self.coordinates, self.is_within)
         there = {point.levels: point for point in mixed}
-        wanted = [(point_at(self.table, "candidate", one), None, epochs) for one in chosen if one not in there]
-        collector.total = len(everything) + len(wanted)
-        found = [*collector.collect(wanted), *(there[one] for one in chosen if one in there)]
-        return in_order(found, higher_is_better=predictor.higher_is_better)
+        raced = [there[one] for one in chosen if one in there]
+        wanted = [one for one in chosen if one not in there]
+        before: Levels | None = None
+        while True:
+            collector.total = len(everything) + sum(point.axis == "candidate" for point in raced) + len(wanted)
+            raced += collector.collect([(point_at(self.table, "candidate", one), None, epochs) for one in wanted])
+            raced = in_order(raced, higher_is_better=predictor.higher_is_better)
+            wanted = [] if raced[0].levels == before else self._near(raced, triples, predictor)
+            if not wanted:
+                return raced
+            before = raced[0].levels
+
+    def _near(self, raced: Sequence[Point], triples: Sequence[Levels], predictor: Predictor) -> list[Levels]:
+        """The most promising neighbours of the best candidate that are not raced yet."""
+        known = {point.levels for point in raced}
+        near = [one for one in neighbours(raced[0].levels, triples, self.coordinates) if one not in known]
+        found: list[Levels] = []
+        while near and len(found) < _NEIGHBOURS:
+            levels = near.pop(predictor.best(*self.coordinates(near)))
+            if self.is_within(levels):
+                found.append(levels)
+        return found
 
     def _predictor(
         self,

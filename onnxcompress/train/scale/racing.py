@@ -3,8 +3,10 @@
 A predictor is fed with short trainings, and what it says of its best triples differs by less than it is off. So its
 choice, the points off the axes, the best axis alone and others unlike them are each pruned at once from the original
 and trained for as long as all rounds of an axis, as in successive halving (Jamieson & Talwalkar 2016, AISTATS,
-arXiv 1502.07943); the best few of them are trained to the end. They are judged by what the training makes small, on
-the validation samples: of a few hundred samples it tells networks apart that get as many of them right.
+arXiv 1502.07943). The neighbours of the best follow, one block or one step of pixels away, until none is better: a
+good triple often has one block less than another. The best few of all are trained to the end. They are judged by what
+the training makes small, on the validation samples: of a few hundred samples it tells networks apart that get as many
+of them right.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from onnxcompress.train.scale.options import Point
 from onnxcompress.train.scale.predictor import Predictor
 from onnxcompress.train.scale.solving import Levels
 
+COARSE = 0.03  # an axis whose levels are at least so far apart has neighbours
 APART = 0.25  # least distance of two candidates, where the way from nothing to all of the saving is 1
 
 Coordinates = Callable[[Sequence[Levels]], tuple[np.ndarray, np.ndarray]]
@@ -71,6 +74,28 @@ def candidates(
         levels = left[int(far[predictor.best(sizes[far], places[far])])]
         left.remove(levels)
         take(levels)
+    return found
+
+
+def neighbours(best: Levels, triples: Sequence[Levels], coordinates: Coordinates) -> list[Levels]:
+    """Triples that differ from one by a level of a coarse axis, the others making up for it as little as they can.
+
+    Args:
+        best: The one.
+        triples: All that are within the goal, of which none prunes more than another on every axis.
+        coordinates: (n, 3) sizes and (n, 3) places of triples.
+    """
+    found: list[Levels] = []
+    _, places = coordinates([best, *triples])
+    own, others = places[0], places[1:]
+    for axis in range(3):
+        for level in (best[axis] + 1, best[axis] - 1):
+            there = [number for number, levels in enumerate(triples) if levels[axis] == level]
+            if not there or abs(others[there[0]][axis] - own[axis]) < COARSE:
+                continue
+            nearest = min(there, key=lambda number: float(((others[number] - own) ** 2).sum()))
+            if triples[nearest] not in found:
+                found.append(triples[nearest])
     return found
 
 

@@ -102,7 +102,7 @@ def test_the_finalist_that_learned_most_is_taken(pruned):
     result, folder, _ = pruned
     decision, finalists = result.decision, result.finalists
     raced = decision.candidates
-    assert 2 <= len(raced) <= 4 and len({point.levels for point in raced}) == len(raced)
+    assert len(raced) >= 3 and len({point.levels for point in raced}) == len(raced)
     assert [point.loss for point in raced] == sorted(point.loss for point in raced)
     assert all(point.cost <= 0.5 and point.loss > 0 for point in raced)
     off = next(point for point in decision.points if point.axis == "mixed")
@@ -135,7 +135,7 @@ def test_progress_says_how_long_it_takes(pruned):
     said = [now for now in pruned[2] if now.total]
     assert said[0].total == 10 and said[-1].done == said[-1].total and said[-1].seconds_left == 0
     assert said[-1].total == 6 + len(pruned[0].decision.candidates)  # the mixed point is one of them
-    assert all(now.seconds_left > 0 for now in said[2:-1])
+    assert all(now.seconds_left > 0 for now in said[2:9])  # neighbours of the best may follow
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(pruned, tmp_path):

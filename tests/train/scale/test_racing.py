@@ -9,7 +9,7 @@ import pytest
 
 from onnxcompress.train.scale.options import Point
 from onnxcompress.train.scale.predictor import Predictor, fit_axis
-from onnxcompress.train.scale.racing import APART, candidates, in_order
+from onnxcompress.train.scale.racing import APART, candidates, in_order, neighbours
 
 LAST = 4
 TRIPLES = [(d, w, LAST - d - w) for d in range(LAST + 1) for w in range(LAST + 1 - d)]  # each costs the same
@@ -92,3 +92,20 @@ def test_the_least_loss_comes_first_and_without_losses_the_best_figure():
     blind = [point("mixed", p.levels, p.figure) for p in points]
     assert in_order(blind, higher_is_better=True) == blind
     assert in_order(blind, higher_is_better=False) == blind[::-1]
+
+
+def test_neighbours_differ_by_one_level_and_the_others_make_up_for_it():
+    found = neighbours((2, 1, 1), TRIPLES, coordinates)
+    assert len(found) == len(set(found)) >= 4
+    assert {abs(d - 2) + abs(w - 1) + abs(r - 1) for d, w, r in found} == {2}
+    assert {levels[0] for levels in neighbours((4, 0, 0), TRIPLES, coordinates)} == {3}
+
+
+def test_an_axis_of_many_levels_has_no_neighbours():
+    fine = [(d, 100 - 25 * d, 0) for d in range(5)] + [(0, 99, 1)]
+
+    def places(triples):
+        levels = np.array(triples, np.float64)
+        return levels, levels / np.array([4, 100, 50])
+
+    assert neighbours((0, 100, 0), fine, places) == [(1, 75, 0)]  # a step of pixels is 0.02 here
