@@ -129,7 +129,7 @@ def _with(options: Options, command: Callable[..., Any]) -> Callable[..., Any]:
 def require_torch(verb: str) -> None:
     """Ask for torch before anything of ``train`` is imported."""
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401  # only to see whether it is there
     except ImportError as error:
         raise RecipeError(f"{verb} needs torch: pip install onnxcompress[train]") from error
 

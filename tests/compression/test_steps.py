@@ -81,7 +81,7 @@ def test_what_was_pruned_is_trained_on_labels_and_on_what_the_original_gives(tmp
     shared = Shared(str(tmp_path / "fitting.npz"), str(tmp_path / "deciding.npz"), tmp_path / "m.onnx", labelled=True)
     step = Step("finetune", {"labels": True, "distill": True, "steps": 60, "batch": 16, "lr": 0.1})
     said: list[str] = []
-    done = steps.run_step(step, tmp_path / "worse.onnx", tmp_path / "out.onnx", shared, None, said.append)  # type: ignore
+    done = steps.run_step(step, tmp_path / "worse.onnx", tmp_path / "out.onnx", shared, None, said.append)  # type: ignore[arg-type]
     assert "top1 on the samples that decide: 0." in done.summary[1] and done.repeat == step.settings
     before, after = (float(figure) for figure in done.summary[1].rpartition(": ")[2].split(" -> "))
     assert before < 0.7 < 0.9 < after and any(line.startswith("finetune: step ") for line in said)
