@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxcompress.cli.options import FilePath, InputShape, Number, shapes_by_name
+from onnxcompress.cli.reporting import check_report, report_option, write_report
 from onnxcompress.cli.terminal import model_progress, print_rows
 
 
@@ -46,9 +46,12 @@ from onnxcompress.cli.terminal import model_progress, print_rows
 )
 @click.option("--force", is_flag=True, help="Replace an earlier deployment in DIR.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of inputs and samples.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def command(model: Path, output: Path, input_shapes: Any, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def command(
+    model: Path, output: Path, input_shapes: Any, report: Path | None, as_json: bool, quiet: bool, **wishes: Any
+) -> None:
     """Write a folder that runs model M on a target, with a sample and its expected outputs.
 
     The folder appears when the target has loaded the model and its outputs agree with those of onnxruntime without its
@@ -58,11 +61,14 @@ def command(model: Path, output: Path, input_shapes: Any, as_json: bool, quiet: 
     from onnxcompress.deployment.targets import DeployOptions
     from onnxcompress.report.wording import bytes_text
 
+    check_report(report)
     options = DeployOptions(**wishes, input_shapes=shapes_by_name(input_shapes))
     with model_progress(1, quiet or as_json) as progress:
         done = deploy(model, output, options, say=progress.say)
+    if report is not None:
+        write_report(report, done.as_dict(), "deploy", model)
     if as_json:
-        click.echo(json.dumps({**asdict(done), "source": str(done.source), "folder": str(done.folder)}, indent=1))
+        click.echo(json.dumps(done.as_dict(), indent=1))
         return
     if quiet:
         return

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from onnxcompress.cli.options import FilePath
+from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.errors import RecipeError
+
+COMPARED = ("size_bytes", "nodes", "parameters", "macs", "operators")
 
 
 @click.command("view")
 @click.argument("models", nargs=-1, required=True, metavar="A [B]", type=FilePath())
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; any free one by default.")
 @click.option("--browser/--no-browser", default=True, help="Open the page (default).")
-def command(models: tuple[Path, ...], port: int, browser: bool) -> None:
+@report_option
+def command(models: tuple[Path, ...], port: int, browser: bool, report: Path | None) -> None:
     """Show a model in Netron, or two side by side with a list of the nodes that differ: a click shows one in both.
 
     Nodes that a pass made have its name among their metadata.
@@ -25,10 +32,34 @@ def command(models: tuple[Path, ...], port: int, browser: bool) -> None:
 
     if len(models) > 2:
         raise RecipeError(f"{len(models)} models given, one or two can be shown")
+    check_report(report)
     with Viewer(models, port=port) as viewer:
+        if report is not None:
+            write_report(report, _content(models), "view", *models)
         click.echo(f"{viewer.url} (Ctrl-C ends)")
         sys.stdout.flush()
         if browser:
             click.launch(viewer.url)
         with contextlib.suppress(KeyboardInterrupt):
             viewer.closed.wait()
+
+
+def _content(models: Sequence[Path]) -> dict[str, Any]:
+    """What is in one model, or what is different in the second of two."""
+    from onnxcompress.inspection import inspect_model
+    from onnxcompress.model_io import read_proto
+    from onnxcompress.view.changes import node_changes
+
+    found = [inspect_model(model) for model in models]
+    if len(found) == 1:
+        return found[0]
+    before, after = ({key: one[key] for key in COMPARED} for one in found)
+    changes = node_changes(*(read_proto(model).graph for model in models))
+    content = {
+        "input": str(models[0]),
+        "output": str(models[1]),
+        "before": before,
+        "after": after,
+        "changes": [asdict(one) for one in changes],
+    }
+    return with_weight_bytes(content, *models)

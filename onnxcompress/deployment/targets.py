@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,10 @@ class Deployment:
     samples: list[str]
     allowed: float
     notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "source": str(self.source), "folder": str(self.folder)}
 
 
 @dataclass

@@ -7,7 +7,10 @@ import importlib
 import json
 import re
 import shlex
+import threading
+from collections import Counter
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -15,7 +18,6 @@ from onnxcompress import cli, models
 from onnxcompress.errors import OutputError, RecipeError
 
 DIGITS = models.path("digits")
-WITHOUT_REPORT = {"view", "deploy"}  # one shows, one writes a folder with a page of its own
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def content_of(path):
     return json.loads(held.group(1))
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in WITHOUT_REPORT])
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_can_write_a_report(verb):
     command = importlib.import_module(f"onnxcompress.cli.{verb.replace('-', '_')}").command
     option = next(one for one in command.params if one.name == "report")
@@ -51,6 +53,7 @@ COMMANDS = {
     "bench": ["bench", "m.onnx", "--runs", "5", "--seconds", "0.2"],
     "optimize": ["optimize", "m.onnx", "-o", "o.onnx", "--no-latency", "-q"],
     "prune-width": ["prune-width", "m.onnx", "--macs", "0.7x", "--dry-run", "-q"],
+    "deploy": ["deploy", "m.onnx", "--target", "onnxruntime", "-o", "out", "-q"],
 }
 
 
@@ -93,3 +96,25 @@ def test_a_report_that_cannot_be_written_is_said_before_the_work(folder, verb):
     with pytest.raises(OutputError, match=r"no/r\.html: the folder no does not exist"):
         invoke(*COMMANDS[verb], "--report", "no/r.html")
     assert sorted(path.name for path in folder.iterdir()) == ["m.onnx"]
+
+
+@pytest.mark.parametrize("models", [["m.onnx"], ["m.onnx", "o.onnx"]])
+def test_what_is_viewed_can_be_kept(folder, models, monkeypatch):
+    pytest.importorskip("netron")
+    from onnxcompress.view import Viewer
+
+    def closing(viewer):
+        threading.Timer(0.1, viewer.close).start()
+        return viewer
+
+    monkeypatch.setattr(Viewer, "__enter__", closing)
+    invoke(*COMMANDS["optimize"])
+    assert invoke("view", *models, "--no-browser", "--report", "r.html").exit_code == 0
+    found = content_of(folder / "r.html")
+    assert found["run"]["verb"] == "view"
+    if len(models) == 1:
+        assert found["nodes"] == len(onnx.load("m.onnx").graph.node) and "changes" not in found
+    else:
+        by_status = Counter(change["status"] for change in found["changes"])
+        assert by_status == {"gone": 32, "new": 5, "changed": 2}
+        assert found["after"]["nodes"] == len(onnx.load("o.onnx").graph.node)

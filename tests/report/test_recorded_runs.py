@@ -10,11 +10,14 @@ import pytest
 
 from onnxcompress.channels.compensation import Fit
 from onnxcompress.channels.pruning import GroupRow
+from onnxcompress.cli.view import COMPARED
 from onnxcompress.codebook.evaluation import OutputQuality, Quality
 from onnxcompress.codebook.results import LayerRow
 from onnxcompress.compression.point import Point as CompressionPoint
+from onnxcompress.deployment.targets import Deployment, Setting
 from onnxcompress.measure import Figures, LatencyFigures
 from onnxcompress.validation.comparison import Difference
+from onnxcompress.view.changes import NodeChange
 
 RUNS = Path(__file__).with_name("runs")
 OF_THE_FILE = {"environment", "run", "weight_bytes"}
@@ -86,3 +89,13 @@ def test_compress():
     found = run_of("compress")
     assert set(found["before"]) <= names(CompressionPoint)
     assert set(found["attempts"][0]["figures"]) <= names(CompressionPoint)
+
+
+def test_deploy():
+    found = run_of("deploy")
+    assert set(found) - OF_THE_FILE == names(Deployment) and set(found["settings"][0]) == names(Setting)
+
+
+def test_view():
+    found = run_of("view")
+    assert set(found["changes"][0]) == names(NodeChange) and set(found["before"]) == set(COMPARED)

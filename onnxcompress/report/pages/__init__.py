@@ -11,6 +11,7 @@ from onnxcompress.report.page import Content, Page
 VERBS = (
     "bench",
     "compress",
+    "deploy",
     "export",
     "finetune",
     "inspect",
@@ -20,6 +21,7 @@ VERBS = (
     "prune-width",
     "quantize",
     "validate",
+    "view",
 )
 
 
