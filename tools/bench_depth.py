@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import json
 import math
 import statistics
@@ -30,16 +29,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from bench_arms import Row, accuracy, mean, read, setting, split
 
 from onnxcompress.data import load_data
 from onnxcompress.graph import is_op
 from onnxcompress.measure import compare_latency, figures
 from onnxcompress.model_io import load, save
-from onnxcompress.runtime import REFERENCE, Runtime
+from onnxcompress.runtime import Runtime
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.depth.costs import merge
 from onnxcompress.train.depth.offers import GoalKind, choose_blocks, parse_goal
@@ -53,18 +51,15 @@ from onnxcompress.train.finetune import FinetuneOptions, finetune
 from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.supervision import Wishes
 from onnxcompress.train.torch_graph import TorchGraph
-from onnxcompress.validation.equivalence import read_model, run_model
+from onnxcompress.validation.equivalence import read_model
 from onnxcompress.validation.judge import input_specs
 
 SEARCHES = {"exhaustive": "exhaustive", "ga": "ga", "greedy": "greedy", "draw": "random"}
 ARMS = (*SEARCHES, "fitted", "progressive", "direct", "random", "deletion", "scratch", "original")
-HELD_OUT = 5  # one sample in so many
 PAIRS = (
     *(("fitted", other) for other in ("progressive", "direct", "random", "deletion", "scratch")),
     ("progressive", "direct"),
 )
-
-Row = dict[str, Any]
 
 
 class Bench:
@@ -193,13 +188,12 @@ class Bench:
         infer_shapes(graph)
         weight = figures(graph, path.stat().st_size)
         with Runtime() as runtime:
-            before, after = (accuracy(runtime, model, self.arguments.test) for model in (self.model, path))
             data = load_data(self.arguments.test, inputs=input_specs(read_model(self.model)), limit=1)
             feed, _ = next(iter(data.batches(1)))
             latency = compare_latency(runtime, self.model, path, feed, threads=1, budget_s=3.0, max_runs=2000)
         return {
-            "accuracy": after,
-            "original_accuracy": before,
+            "accuracy": accuracy(path, self.arguments.test),
+            "original_accuracy": accuracy(self.model, self.arguments.test),
             "speedup": latency.ratio,
             "speedup_low": latency.low,
             "speedup_high": latency.high,
@@ -207,34 +201,6 @@ class Bench:
             "nodes": weight.nodes,
             "bytes": weight.size_bytes,
         }
-
-
-def accuracy(runtime: Runtime, model: Path, spec: str) -> float:
-    """Share of the samples whose label has the largest score, by onnxruntime."""
-    data = load_data(spec, inputs=input_specs(read_model(model)))
-    if data.labels is None:
-        raise SystemExit(f"bench_depth: {spec} has no labels")
-    rows = run_model(runtime, model, (feed for feed, _ in data.batches(256)), REFERENCE)
-    scores = np.concatenate([np.asarray(row[0]) for row in rows])
-    return float((scores.argmax(axis=1) == data.labels).mean())
-
-
-def split(arguments: argparse.Namespace, model: Path, folder: Path) -> tuple[str, str]:
-    """Samples to train on and to choose by: as given, or a fifth held out, the same for all seeds."""
-    if arguments.val:
-        return arguments.data, arguments.val
-    paths = [folder / "train.npz", folder / "val.npz"]
-    if not all(path.exists() for path in paths):
-        data = load_data(arguments.data, inputs=input_specs(read_model(model)))
-        if data.labels is None:
-            raise SystemExit(f"bench_depth: {arguments.data} has no labels")
-        order = np.random.PCG64(0).random_raw(len(data)).argsort(kind="stable")
-        held = len(data) // HELD_OUT
-        for path, rows in zip(paths, (order[held:], order[:held]), strict=True):
-            samples = [data.samples[int(row)] for row in rows]
-            arrays: dict[str, Any] = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-            np.savez(path, **arrays, labels=data.labels[rows])
-    return str(paths[0]), str(paths[1])
 
 
 def initialize(twin: TorchGraph, seed: int) -> None:
@@ -260,26 +226,6 @@ def initialize(twin: TorchGraph, seed: int) -> None:
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-_NO_SETTING = {"model", "out", "summary", "arms", "seeds", "first_seed", "work", "jobs"}
-
-
-def setting(arguments: argparse.Namespace) -> str:
-    """A short name for all that rows have to share to be compared."""
-    values = {name: value for name, value in vars(arguments).items() if name not in _NO_SETTING}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-
-
-def mean(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} +- {error:.{digits}f}"
 
 
 def summary(rows: Iterable[Row]) -> str:

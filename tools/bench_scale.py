@@ -23,7 +23,6 @@ as long; their exact MACs are within 3 % below the goal where the axis has such 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -35,10 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_arms import Row, accuracy, mean, read, setting, split
 
 from onnxcompress.channels.options import parse_goal
-from onnxcompress.data import load_data
-from onnxcompress.runtime import REFERENCE, Runtime
 from onnxcompress.train.depth.options import finite
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import ScaleOptions, parse_axes
@@ -46,8 +44,6 @@ from onnxcompress.train.scale.predictor import AXES
 from onnxcompress.train.scale.pruning import Job, prune_scale
 from onnxcompress.train.scale.solving import EFFICIENTNET, Levels
 from onnxcompress.train.settings import TrainSettings
-from onnxcompress.validation.equivalence import read_model, run_model
-from onnxcompress.validation.judge import input_specs
 
 DIRECTIONS = {
     "depth": (1.0, 0.0, 0.0),
@@ -59,10 +55,7 @@ DIRECTIONS = {
 FINALISTS = ("raced", "second")
 RANDOM = ("random1", "random2", "random3")
 ARMS = ("predictor", "raced", "second", "first", "product", *DIRECTIONS, *RANDOM)
-HELD_OUT = 5  # one sample in so many
 BAND = 0.03  # of the MACs, below the goal
-
-Row = dict[str, Any]
 
 
 class Bench:
@@ -169,12 +162,10 @@ class Bench:
         ladders = self.state / "ladders.json"  # the same for all arms, and made once
         (state / "ladders.json").write_bytes(ladders.read_bytes())
         found = prune_scale(self.model, target, replace(self.options, checkpoint=state), chosen=levels)
-        with Runtime() as runtime:
-            before, after = (accuracy(runtime, model, self.arguments.test) for model in (self.model, target))
         return {
             "levels": list(levels),
-            "accuracy": after,
-            "original_accuracy": before,
+            "accuracy": accuracy(target, self.arguments.test),
+            "original_accuracy": accuracy(self.model, self.arguments.test),
             "val": found.after,
             "loss": found.finalists[0].loss,
             "fitted": found.fitted,
@@ -186,55 +177,7 @@ class Bench:
         }
 
 
-def accuracy(runtime: Runtime, model: Path, spec: str) -> float:
-    """Share of the samples whose label has the largest score, by onnxruntime."""
-    data = load_data(spec, inputs=input_specs(read_model(model)))
-    if data.labels is None:
-        raise SystemExit(f"bench_scale: {spec} has no labels")
-    rows = run_model(runtime, model, (feed for feed, _ in data.batches(256)), REFERENCE)
-    scores = np.concatenate([np.asarray(row[0]) for row in rows])
-    return float((scores.argmax(axis=1) == data.labels).mean())
-
-
-def split(arguments: argparse.Namespace, model: Path, folder: Path) -> tuple[str, str]:
-    """Samples to train on and to choose by: as given, or a fifth held out, the same for all seeds."""
-    if arguments.val:
-        return arguments.data, arguments.val
-    paths = [folder / "train.npz", folder / "val.npz"]
-    if not all(path.exists() for path in paths):
-        data = load_data(arguments.data, inputs=input_specs(read_model(model)))
-        if data.labels is None:
-            raise SystemExit(f"bench_scale: {arguments.data} has no labels")
-        order = np.random.PCG64(0).random_raw(len(data)).argsort(kind="stable")
-        held = len(data) // HELD_OUT
-        for path, rows in zip(paths, (order[held:], order[:held]), strict=True):
-            samples = [data.samples[int(row)] for row in rows]
-            arrays: dict[str, Any] = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-            np.savez(path, **arrays, labels=data.labels[rows])
-    return str(paths[0]), str(paths[1])
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-_NO_SETTING = {"model", "out", "summary", "arms", "seeds", "first_seed", "work", "jobs"}
-
-
-def setting(arguments: argparse.Namespace) -> str:
-    """A short name for all that rows have to share to be compared."""
-    values = {name: value for name, value in vars(arguments).items() if name not in _NO_SETTING}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-
-
-def mean(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else ""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} +- {error:.{digits}f}"
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -257,6 +200,8 @@ def seed_figures(decision: Row, arms: dict[str, Row]) -> dict[str, float]:
     found = {
         "rank correlation": spearman([decision["expected"][arm] for arm in names], measured),
         "rank correlation of the product": spearman([decision["product"][arm] for arm in names], measured),
+        "rank correlation of the loss on validation": spearman([-arms[arm]["loss"] for arm in names], measured),
+        "rank correlation of the accuracy on validation": spearman([arms[arm]["val"] for arm in names], measured),
         "off-axis error of the product": decision["decision"]["off_axis_error"] or math.nan,
         "seconds of collecting": decision["collecting"],
     }

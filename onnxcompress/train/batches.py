@@ -8,18 +8,19 @@ either direction, the edge repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onnxcompress.data import Dataset
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.train.checkpoint import digest
 from onnxcompress.train.parallel import World
+from onnxcompress.train.teacher_outputs import TeacherOutputs
 
 MEMORY_BYTES = 2 << 30
 _READERS = 4
@@ -36,11 +37,17 @@ class Batch:
         feeds: By input name, (n, ...).
         labels: (n, ...) where there are any.
         weight: Share of these samples in their step; the losses of a step are averaged with it.
+        rows: Numbers of the samples; None where they may not come again as they are.
+        taught: What teachers give for them; None without ``rows``.
+        memory_format: Of images.
     """
 
     feeds: Mapping[str, Tensor]
     labels: Tensor | None = None
     weight: float = 1.0
+    rows: np.ndarray | None = None
+    taught: TeacherOutputs | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Batch:
         """On a device, images in a memory format."""
@@ -48,7 +55,21 @@ class Batch:
             name: value.to(device, memory_format=memory_format if value.dim() == 4 else torch.preserve_format)
             for name, value in self.feeds.items()
         }
-        return Batch(feeds, None if self.labels is None else self.labels.to(device), self.weight)
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, feeds=feeds, labels=labels, memory_format=memory_format)
+
+    def outputs_of(
+        self, teacher: nn.Module, names: Sequence[str], run: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """What a frozen model gives for these samples, by ``run`` or from where it is kept."""
+        if self.taught is None or self.rows is None:
+            return run(self.feeds)
+        device = next(iter(self.feeds.values())).device
+
+        def place(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return Batch(feeds).to(device, self.memory_format).feeds
+
+        return self.taught.of(teacher, names, self.rows, self.feeds, run, place)
 
 
 @dataclass(frozen=True)
@@ -146,6 +167,7 @@ class Batches:
         if total <= memory_bytes and not dataset.whole:
             self._memory = self._read(range(len(dataset)))
         self._labels = None if dataset.labels is None else _label_tensor(dataset.labels, dataset.source)
+        self._taught: dict[str, TeacherOutputs] = {}
 
     def _check_sizes(self) -> None:
         parts, source = self.world.size * self.accumulate, self.dataset.source
@@ -194,24 +216,51 @@ class Batches:
             feeds = self._take(rows, then)
             if self.augment:
                 feeds = {name: self.augment.apply(value, draws[positions]) for name, value in feeds.items()}
-            yield Batch(feeds, self._labels_of(rows), len(rows) / self.size)
+            yield self._batch(feeds, rows, len(rows) / self.size, None if self.augment else self._taught_at())
 
     def _plan(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each backward pass the samples, and their places in the step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            bits = _bits(self.seed, _ORDER, epoch, len(self.dataset))
-            self._order = epoch, np.argsort(bits, kind="stable")
+            self._order = epoch, self._order_of(epoch)
         chosen = self._order[1][index * self.size : (index + 1) * self.size]
         mine = np.array_split(np.arange(self.size), self.world.size)[self.world.rank]
         return [(chosen[part], part) for part in np.array_split(mine, self.accumulate)]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return np.argsort(_bits(self.seed, _ORDER, epoch, len(self.dataset)), kind="stable")
 
     def ordered(self, size: int | None = None) -> Iterator[Batch]:
         """All samples in order, as they are; the last batch may be smaller."""
         step = (1 if self.dataset.whole else self.dataset.batch) or size or self.size
         for start in range(0, len(self.dataset), step):
             rows = np.arange(start, min(start + step, len(self.dataset)))
-            yield Batch(self._take(rows), self._labels_of(rows), len(rows) / len(self.dataset))
+            taught = self._taught_in_order(step) if size is None else None
+            yield self._batch(self._take(rows), rows, len(rows) / len(self.dataset), taught)
+
+    def _batch(self, feeds: dict[str, Tensor], rows: np.ndarray, weight: float, taught: TeacherOutputs | None) -> Batch:
+        return Batch(feeds, self._labels_of(rows), weight, None if taught is None else rows, taught)
+
+    def _taught_at(self) -> TeacherOutputs | None:
+        """Blocks are the batches of the first epoch, and what it leaves out."""
+        if self.world.size > 1 or self.dataset.whole:
+            return None
+        if "at" not in self._taught:
+            order = self._order_of(0)
+            cut = np.array_split(order[: self.steps_per_epoch * self.size], self.steps_per_epoch)
+            parts = [part for rows in cut for part in np.array_split(rows, self.accumulate)]
+            rest = order[self.steps_per_epoch * self.size :]
+            self._taught["at"] = TeacherOutputs([*parts, *([rest] if len(rest) else [])], self._feeds_of)
+        return self._taught["at"]
+
+    def _taught_in_order(self, step: int) -> TeacherOutputs | None:
+        if self.dataset.whole:
+            return None
+        if "in order" not in self._taught:
+            rows = np.arange(len(self.dataset))
+            blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
+            self._taught["in order"] = TeacherOutputs(blocks, self._feeds_of)
+        return self._taught["in order"]
 
     def _labels_of(self, rows: np.ndarray) -> Tensor | None:
         return None if self._labels is None else self._labels[torch.from_numpy(rows)]
@@ -225,6 +274,12 @@ class Batches:
             if then is not None:
                 self._ahead = then.tolist(), self._reader.submit(self._read, then.tolist())
             return feeds
+        return self._feeds_of(rows)
+
+    def _feeds_of(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Samples by number, without reading ahead."""
+        if self._memory is None:
+            return self._read(rows.tolist())
         index = torch.from_numpy(rows)
         return {name: value[index] for name, value in self._memory.items()}
 

@@ -11,7 +11,7 @@ features        the same, of tensors inside, by name (Romero et al. 2015)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,9 +29,15 @@ LABEL_KINDS = ("classes", "distribution", "values")
 
 
 class Executor(Protocol):
-    """What runs a graph: the trainable twin, or a teacher under the student's names."""
+    """What runs a graph: the trainable twin."""
 
     def __call__(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]: ...
+
+
+class Teaching(Protocol):
+    """What gives a teacher's outputs for a batch, under the student's names."""
+
+    def of(self, batch: Batch, outputs: Sequence[str] | None = None) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class WeightedSum:
     label_kind: str = "classes"
     distilled: Mapping[str, int | None] | None = None
     features: tuple[tuple[str, str], ...] = ()
-    teacher: Executor | None = None
+    teacher: Teaching | None = None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         settings, distilled = self.settings, self.distilled or {}
@@ -88,8 +94,9 @@ class WeightedSum:
         found: dict[str, Tensor] = model(batch.feeds, list(dict.fromkeys(wanted)))
         theirs: dict[str, Tensor] = {}
         if self.teacher is not None and (distilled or self.features):
+            known = replace(batch, rows=None) if self.features else batch  # their first axis may be any
             with torch.no_grad():
-                theirs = self.teacher(batch.feeds, list(dict.fromkeys([*distilled, *(t for _, t in self.features)])))
+                theirs = self.teacher.of(known, list(dict.fromkeys([*distilled, *(t for _, t in self.features)])))
         terms: list[Tensor] = []
         share = 1.0
         if self.label_output:

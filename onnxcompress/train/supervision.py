@@ -58,9 +58,18 @@ class Teacher:
     outputs: dict[str, str]
 
     def __call__(self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        return self.of(Batch(feeds), outputs)
+
+    def of(self, batch: Batch, outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The outputs for a batch, run or remembered."""
         asked = {name: self.outputs.get(name, name) for name in outputs or self.outputs}
-        given = {theirs: feeds[ours] for ours, theirs in self.inputs.items()}
-        found = self.twin(given, list(dict.fromkeys(asked.values())))
+        wanted = list(dict.fromkeys(asked.values()))
+
+        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = self.twin({theirs: feeds[ours] for ours, theirs in self.inputs.items()}, wanted)
+            return found
+
+        found = batch.outputs_of(self.twin, wanted, run)
         return {name: found[theirs] for name, theirs in asked.items()}
 
 

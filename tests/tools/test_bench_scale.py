@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
-TOOL = Path(__file__).parents[2] / "tools/bench_scale.py"
-spec = importlib.util.spec_from_file_location("bench_scale", TOOL)
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # the scripts import each other as when run
+
+import bench_scale as bench
 
 
 def row(arm, accuracy, seed=0, **more):
     plain = {"model": "m", "setting": "s", "goal": "0.4x of the macs", "arm": arm, "seed": seed}
     figures = {"accuracy": accuracy, "original_accuracy": 0.95, "val": accuracy, "fitted": 0.5, "share": 0.4}
-    return {**plain, **figures, "speedup": 1.5, **more}
+    return {**plain, **figures, "speedup": 1.5, "loss": 1 - accuracy, **more}
 
 
 def decision(expected, seed=0):
@@ -44,6 +43,7 @@ def test_regret_is_against_the_best_arm():
     arms = {name: row(name, accuracy) for name, accuracy in (("predictor", 0.9), ("width", 0.91), ("depth", 0.8))}
     found = bench.seed_figures(decision({"predictor": 0.92, "width": 0.9, "depth": 0.7}), arms)
     assert found["regret"] == pytest.approx(0.01) and found["rank correlation"] == pytest.approx(0.5)
+    assert found["rank correlation of the loss on validation"] == pytest.approx(1)
     assert found["seconds of collecting"] == 60.0 and "regret of the product" not in found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_terms_are_weighted():
         label_output="logits",
         distilled={"logits": 1},
         features=(("inner", "deep"),),
-        teacher=lambda feeds, names: {name: teacher[name] for name in names},
+        teacher=SimpleNamespace(of=lambda batch, names: {name: teacher[name] for name in names}),
     )
     found = objective(lambda feeds, names: {name: values[name] for name in names}, Batch({}, torch.tensor(LABELS)))
     labels = label_loss(values["logits"], torch.tensor(LABELS), "classes", 0.1)
