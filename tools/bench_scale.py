@@ -104,8 +104,8 @@ class Bench:
             decision = job.decide()
             triples = self._triples(job, decision)
             everything = list(triples.values())
-            sizes, places = job.coordinates(everything)
-            predictor = job.predictor
+            sizes, places = job.space.coordinates(everything)
+            predictor = job.decider.predictor
             assert predictor is not None
             expected, _ = predictor.predict(sizes, places)
             product = predictor.product(sizes)
@@ -120,30 +120,33 @@ class Bench:
         return row, triples
 
     def _triples(self, job: Job, decision: Any) -> dict[str, Levels]:
-        table, limit = job.table, job.limit
+        table, limit = job.space.table, job.space.limit
         last = [max((p.levels[a] for p in decision.points if p.axis == axis), default=0) for a, axis in enumerate(AXES)]
         within = table.within(limit, last=last)
         band = [levels for levels in within if table.cost(levels) >= (1 - BAND) * limit]
         largest = table.largest(within)
-        assert job.predictor is not None
+        assert job.decider.predictor is not None
         found = {arm: point.levels for arm, point in zip(FINALISTS, job.finalists(decision), strict=False)}
 
         def first_within(wanted: Callable[[list[Levels]], Levels], triples: Sequence[Levels]) -> Levels | None:
             left = list(triples)
             while left:
                 levels = wanted(left)
-                if job.is_within(levels):
+                if job.space.is_within(levels):
                     return levels
                 left.remove(levels)
             return None
 
-        for arm, predictor in (("first", job.predictor), ("product", replace(job.predictor, correction=None))):
-            best = first_within(lambda left, p=predictor: left[p.best(*job.coordinates(left))], largest)
+        for arm, predictor in (
+            ("first", job.decider.predictor),
+            ("product", replace(job.decider.predictor, correction=None)),
+        ):
+            best = first_within(lambda left, p=predictor: left[p.best(*job.space.coordinates(left))], largest)
             found |= {} if best is None else {arm: best}
         ends = {point.axis: point.levels for point in decision.points}
         for arm, direction in DIRECTIONS.items():
             if arm in AXES:
-                if arm in ends and table.cost(ends[arm]) <= limit and job.is_within(ends[arm]):
+                if arm in ends and table.cost(ends[arm]) <= limit and job.space.is_within(ends[arm]):
                     found[arm] = ends[arm]
                 continue
             nearest = first_within(lambda left, way=direction: table.nearest(left, way, limit), band or largest)
@@ -151,7 +154,7 @@ class Bench:
         rest = [levels for levels in band or largest if sum(map(bool, levels)) > 1 and levels not in found.values()]
         draws = np.random.PCG64(self.seed).random_raw(len(rest)).argsort(kind="stable")
         drawn = (rest[int(row)] for row in draws)
-        found |= dict(zip(RANDOM, filter(job.is_within, drawn), strict=False))
+        found |= dict(zip(RANDOM, filter(job.space.is_within, drawn), strict=False))
         return found
 
     def run(self, arm: str, levels: Levels) -> Row:

@@ -1,0 +1,124 @@
+"""What can be chosen from: all triples of levels of a model, what each costs, and which keep a goal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.channels.options import Goal
+from onnxcompress.cost import count
+from onnxcompress.errors import RecipeError
+from onnxcompress.graph import Graph
+from onnxcompress.train.depth.costs import merge
+from onnxcompress.train.depth.offers import BudgetError
+from onnxcompress.train.scale.axes import Ladders, count_all, structure
+from onnxcompress.train.scale.finishing import compare
+from onnxcompress.train.scale.given import Given
+from onnxcompress.train.scale.options import Point
+from onnxcompress.train.scale.predictor import AXES
+from onnxcompress.train.scale.solving import Levels, last_level
+from onnxcompress.train.scale.timing import LatencyTable
+
+logger = logging.getLogger(__name__)
+
+TRIALS = 8  # triples that are built or timed before the goal is given up
+
+
+class Space:
+    """The triples of one model.
+
+    Args:
+        given: Model and samples.
+        ladders: Of its prepared graph.
+        goal: What is to be kept.
+        latencies: Where measurements of latency are kept.
+        say: Told what is being done.
+
+    Attributes:
+        table: Multiply-accumulates or milliseconds of every triple, by the counted or estimated graph.
+        limit: What a triple may cost.
+    """
+
+    def __init__(self, given: Given, ladders: Ladders, goal: Goal, latencies: Path, say: Callable[[str], None]) -> None:
+        self.given, self.ladders, self.goal = given, ladders, goal
+        self.table = count_all(given.graph, ladders, float(given.figures.macs))
+        self._macs: dict[Levels, int] = {}
+        self.latency: LatencyTable | None = None
+        if goal.kind == "latency":
+            self.latency = LatencyTable(
+                self.table,
+                self.merged,
+                lambda path: compare(given, path),
+                latencies,
+                resume=given.options.resume,
+                say=say,
+            )
+            self.table = self.latency.table
+        self.limit = goal.limit(self.table.original)
+
+    @property
+    def axes(self) -> list[str]:
+        """Those with more than one level."""
+        return [axis for number, axis in enumerate(AXES) if self.table.costs.shape[number] > 1]
+
+    def ends(self) -> dict[str, int]:
+        """By axis the level at which it alone keeps the goal: merged, a graph may have more MACs than are counted."""
+        found = {}
+        for number, axis in enumerate(AXES):
+            alone = self.table.alone(number)
+            level = last_level(alone, self.limit)
+            for deeper in range(level, min(len(alone), level + TRIALS)):
+                d, w, r = (deeper if number == other else 0 for other in range(3))
+                if alone[deeper] <= self.limit and self.is_within((d, w, r)):
+                    level = deeper
+                    break
+            found[axis] = level
+        return found
+
+    def last(self, points: Mapping[str, Sequence[Point]]) -> dict[str, int]:
+        """By axis the last level that is measured."""
+        return {axis: max(p.levels[AXES.index(axis)] for p in found) for axis, found in points.items() if found}
+
+    def triples(self, points: Mapping[str, Sequence[Point]]) -> list[Levels]:
+        """Triples within the goal, as far as the points on the axes go.
+
+        Raises:
+            BudgetError: There is none.
+            RecipeError: The goal is reached without pruning.
+        """
+        if self.table.cost((0, 0, 0)) <= self.limit:
+            raise RecipeError(f"{self.goal.text} is reached without pruning: onnxcompress optimize does it")
+        last = self.last(points)
+        ends = [last.get(axis, 0) for axis in AXES]
+        found = self.table.within(self.limit, last=ends)
+        if not found:
+            end: Any = tuple(ends)
+            least = float(self.table.costs[end])
+            raise BudgetError(
+                f"{self.goal.text} is out of reach: with all that can go from {', '.join(last) or 'no axis'}, "
+                f"{self.goal.kind} is {least / self.table.original:.3f}x, allowed "
+                f"{self.limit / self.table.original:.3f}x; lower --min-keep or --round-to"
+            )
+        return found
+
+    def coordinates(self, triples: Sequence[Levels]) -> tuple[np.ndarray, np.ndarray]:
+        """(n, 3) sizes and (n, 3) places of triples."""
+        sizes = np.array([self.table.size(levels) for levels in triples])
+        return sizes, np.array([self.table.place(levels, self.limit) for levels in triples])
+
+    def is_within(self, levels: Levels) -> bool:
+        """Whether the real graph at a triple keeps the goal."""
+        if self.latency is not None:
+            return self.latency.measured(levels, self.merged(levels)) <= self.limit
+        if levels not in self._macs:
+            self._macs[levels] = count(self.merged(levels)).macs
+            logger.info("levels %s: %d MACs, %.0f by the table", levels, self._macs[levels], self.table.cost(levels))
+        return self._macs[levels] <= self.limit
+
+    def merged(self, levels: Levels) -> Graph:
+        """The structure at a triple, merged; with the weights of the original."""
+        return merge(structure(self.given.graph, self.ladders, levels), runtime=self.given.runtime)
