@@ -168,8 +168,8 @@ class _Planner:
                 found.append(Planned(tuned, "if that loses too much", "training wins back what fits cannot", ""))
                 trained = self._step("prune-depth", {**wish, **self.means.training})
                 found.append(Planned(trained, "if that does", "blocks, trained while they are still whole", ""))
-                scaled = self._step("prune-scale", {"axes": "d,w", **wish, **learning})
-                found.append(Planned(scaled, "if even that does", "blocks and channels together", "takes longest"))
+                scaled = self._step("prune-scale", {**wish, **learning})
+                found.append(Planned(scaled, "if even that does", "blocks, channels and pixels together", "takes longest"))
             elif self.means.torch and self.options.train:
                 self.notes.append(f"no training is planned: {self.means.fitted} samples, it takes {LEAST_TO_TRAIN}")
         return found

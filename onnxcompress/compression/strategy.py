@@ -235,8 +235,8 @@ class Strategy:
 
     def _scaled(self, limit: Limit, share: float, base: Attempt) -> Attempt:
         settings = {key: value for key, value in self.means.training.items() if key != "stages"}
-        settings |= {"axes": "d,w", **self._wish(limit, share, base)}
-        return self._try("prune-scale", settings, base, "blocks and channels together, by what pruned networks tell")
+        settings |= self._wish(limit, share, base)
+        return self._try("prune-scale", settings, base, "blocks, channels and pixels together")
 
     def _width(self, limit: Limit, share: float, base: Attempt, why: str) -> Attempt:
         if limit.key == "macs":

@@ -175,8 +175,7 @@ class Decider:
             best = largest[predictor.best(*self.space.coordinates(largest))]
             if self.space.is_within(best):
                 return best
-            # Estimates of latency have moved; an exact count that is off is so for others as well.
-            left = [levels for levels in left if self.table.cost(levels) <= self.space.limit and levels != best]
+            left = self.space.without(left, best)
             if not left:
                 break
         raise BudgetError(f"{self.space.goal.text}: no triple whose pruned graph keeps it was found in {TRIALS} trials")

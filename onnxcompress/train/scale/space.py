@@ -25,7 +25,7 @@ from onnxcompress.train.scale.timing import LatencyTable
 
 logger = logging.getLogger(__name__)
 
-TRIALS = 8  # triples that are built or timed before the goal is given up
+TRIALS = 16  # triples that are built or timed before the goal is given up
 
 
 class Space:
@@ -110,14 +110,31 @@ class Space:
         sizes = np.array([self.table.size(levels) for levels in triples])
         return sizes, np.array([self.table.place(levels, self.limit) for levels in triples])
 
-    def is_within(self, levels: Levels) -> bool:
-        """Whether the real graph at a triple keeps the goal."""
+    def real_cost(self, levels: Levels) -> float:
+        """What the merged graph at a triple costs, counted or timed."""
         if self.latency is not None:
-            return self.latency.measured(levels, self.merged(levels)) <= self.limit
+            return self.latency.measured(levels, self.merged(levels))
         if levels not in self._macs:
             self._macs[levels] = count(self.merged(levels)).macs
             logger.info("levels %s: %d MACs, %.0f by the table", levels, self._macs[levels], self.table.cost(levels))
-        return self._macs[levels] <= self.limit
+        return self._macs[levels]
+
+    def is_within(self, levels: Levels) -> bool:
+        """Whether the real graph at a triple keeps the goal."""
+        return self.real_cost(levels) <= self.limit
+
+    def without(self, triples: Sequence[Levels], levels: Levels) -> list[Levels]:
+        """Triples that may keep the goal although one of them does not.
+
+        What is merged where blocks have gone may have more multiply-accumulates than are counted, and has so at other
+        widths and resolutions as well.
+        """
+        cost = self.table.cost(levels) * self.limit / self.real_cost(levels)
+        return [
+            one
+            for one in triples
+            if one != levels and self.table.cost(one) <= (cost if one[0] == levels[0] else self.limit)
+        ]
 
     def merged(self, levels: Levels) -> Graph:
         """The structure at a triple, merged; with the weights of the original."""

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,11 +24,13 @@ from onnxcompress.shapes import infer_shapes
 from onnxcompress.testing import model, run
 from onnxcompress.train.depth.offers import BudgetError
 from onnxcompress.train.scale.axes import Ladders, count_all
+from onnxcompress.train.scale.collecting import axis_points
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.making import prune
 from onnxcompress.train.scale.options import ScaleOptions, parse_axes
-from onnxcompress.train.scale.pruning import plan_scale, prune_scale
+from onnxcompress.train.scale.pruning import Job, plan_scale, prune_scale
 from onnxcompress.train.scale.ranking import residual_blocks
+from onnxcompress.train.scale.space import Space
 from onnxcompress.train.settings import TrainSettings
 
 pytest.importorskip("sklearn")
@@ -244,6 +247,28 @@ def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
     with pytest.raises(BudgetError, match=r"all that can go from depth, macs is 0\.\d+x, allowed 0\.100x"):
         prune_scale(RESNET, tmp_path / "out.onnx", options)
     assert BudgetError.exit_code == 1 and not (tmp_path / "out.onnx").exists()
+
+
+def test_triples_that_merges_make_dearer_are_passed_over_together(tmp_path, monkeypatch):
+    """Where blocks have gone, one Conv of two may have more MACs than both had."""
+    options = replace(OPTIONS, goal=Goal("macs", 0.12, True), axes=("depth", "width"))
+    monkeypatch.setattr(Space, "merged", lambda space, levels: levels)
+    with Given(FOLDER / "mobilenetv2_mini_digits.onnx", options) as given:
+        job = Job(given, tmp_path)
+        table, dear = job.space.table, job.space.table.costs.shape[0] - 2  # with so many blocks gone
+        monkeypatch.setattr(
+            "onnxcompress.train.scale.space.count",
+            lambda levels: SimpleNamespace(macs=int(table.cost(levels) * (1.3 if levels[0] == dear else 1.0))),
+        )
+        points = axis_points(table, job.space.ends(), options)
+        deepest = SimpleNamespace(best=lambda sizes, places: int(np.argmin(np.abs(places[:, 0] - place))))
+        for preferred, factor in ((dear, 1.3), (dear - 1, 1.0)):
+            place = job.space.coordinates([(preferred, 0, 0)])[1][0, 0]
+            job.space._macs.clear()
+            chosen = job.decider._choose(deepest, points)
+            assert chosen[0] == preferred and factor * table.cost(chosen) <= job.space.limit
+            assert len(job.space._macs) <= 4, "not one after the other"
+            assert table.cost((chosen[0], chosen[1] - 1, chosen[2])) * factor > job.space.limit, "and no more than needed"
 
 
 def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
