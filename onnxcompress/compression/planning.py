@@ -169,7 +169,8 @@ class _Planner:
                 trained = self._step("prune-depth", {**wish, **self.means.training})
                 found.append(Planned(trained, "if that does", "blocks, trained while they are still whole", ""))
                 scaled = self._step("prune-scale", {**wish, **learning})
-                found.append(Planned(scaled, "if even that does", "blocks, channels and pixels together", "takes longest"))
+                together = "blocks, channels and pixels together"
+                found.append(Planned(scaled, "if even that does", together, "takes longest"))
             elif self.means.torch and self.options.train:
                 self.notes.append(f"no training is planned: {self.means.fitted} samples, it takes {LEAST_TO_TRAIN}")
         return found

@@ -268,7 +268,8 @@ def test_triples_that_merges_make_dearer_are_passed_over_together(tmp_path, monk
             chosen = job.decider._choose(deepest, points)
             assert chosen[0] == preferred and factor * table.cost(chosen) <= job.space.limit
             assert len(job.space._macs) <= 4, "not one after the other"
-            assert table.cost((chosen[0], chosen[1] - 1, chosen[2])) * factor > job.space.limit, "and no more than needed"
+            wider = (chosen[0], chosen[1] - 1, chosen[2])
+            assert table.cost(wider) * factor > job.space.limit, "no more goes than needed"
 
 
 def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
