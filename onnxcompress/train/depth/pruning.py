@@ -24,11 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from onnxcompress.errors import EquivalenceError
+from onnxcompress.graph import Graph
 from onnxcompress.measure import Figures, LatencyFigures, figures
 from onnxcompress.model_io import StagedFile, load
 from onnxcompress.runtime import REFERENCE, Runtime
 from onnxcompress.train.checkpoint import Checkpoint, digest
 from onnxcompress.train.depth.blocks import Block, Refusal
+from onnxcompress.train.depth.compacting import compact
 from onnxcompress.train.depth.costs import merge
 from onnxcompress.train.depth.fitting import BlockFit, fit_blocks, fit_supernet
 from onnxcompress.train.depth.given import RUNTIME_TIMEOUT_S, Given, Say, file_digest
@@ -121,10 +123,17 @@ class _Trained:
     """The chosen blocks pruned, in a twin."""
 
     twin: TorchGraph
-    supernet: Supernet
+    graph: Graph  # with the numbers of the twin
     supervision: Supervision
     fits: list[BlockFit]
     training: TrainResult | None
+
+
+def _written(twin: TorchGraph, supernet: Supernet, blocks: Sequence[Block]) -> Graph:
+    """The pruned graph with the numbers of a supernet's twin."""
+    graph = build_pruned(supernet, blocks, [block.name for block in blocks])
+    twin.to("cpu").write_back(graph)
+    return graph
 
 
 class _Job:
@@ -327,6 +336,7 @@ class _Job:
             "start": options.start,
             "ramp": options.fading.share,
             "ramp shape": options.fading.shape,
+            "merged": "before" if options.start == "fitted" else "after",
         }
         checkpoint = Checkpoint(given.folder / "train", identity, resume=options.resume)
         fits: list[BlockFit] = []
@@ -334,7 +344,20 @@ class _Job:
         if "train" not in options.stages or checkpoint.load() is None:
             fits = self._start(twin, supernet, lambdas)
         if "train" not in options.stages:
-            return _Trained(twin, supernet, supervision, fits, None)
+            return _Trained(twin, _written(twin, supernet, blocks), supervision, fits, None)
+        if options.start == "original":
+            training = self._run(twin, supervision, checkpoint, lambdas)
+            return _Trained(twin, _written(twin, supernet, blocks), supervision, fits, training)
+        graph = _written(twin, supernet, blocks)
+        compact(graph, blocks)
+        twin = TorchGraph(graph)
+        supervision = given.supervise(twin)
+        training = self._run(twin, supervision, checkpoint, Lambdas(twin, {}))
+        twin.to("cpu").write_back(graph)
+        return _Trained(twin, graph, supervision, fits, training)
+
+    def _run(self, twin: TorchGraph, supervision: Supervision, checkpoint: Checkpoint, lambdas: Lambdas) -> TrainResult:
+        given, options = self.given, self.given.options
         assert supervision.metric is not None and supervision.objective is not None
         evaluation = Evaluation(
             lambda model: supervision.figure(model, given.judged, given.device),
@@ -344,8 +367,8 @@ class _Job:
         if not options.training.freeze_statistics:
             evaluation = settled(evaluation, given.calibration)
         given.say("training the pruned network")
-        training = train_progressively(
-            twin,
+        return train_progressively(
+            twin.to(given.device),
             lambdas,
             given.batches,
             supervision.objective,
@@ -355,7 +378,6 @@ class _Job:
             checkpoint=checkpoint,
             progress=self.progress,
         )
-        return _Trained(twin, supernet, supervision, fits, training)
 
     def _start(self, twin: TorchGraph, supernet: Supernet, lambdas: Lambdas) -> list[BlockFit]:
         """Bring the weights to where training starts."""
@@ -379,12 +401,10 @@ class _Job:
         supernet_run: TrainResult | None,
         found: SearchResult | None,
     ) -> DepthResult:
-        twin, supernet, supervision, training = trained.twin, trained.supernet, trained.supervision, trained.training
+        twin, unmerged, supervision, training = trained.twin, trained.graph, trained.supervision, trained.training
         assert self.given.output is not None and supervision.metric is not None and supervision.expected is not None
         metric, options = supervision.metric, self.given.options
-        said = supervision.figure(twin, self.given.judged, self.given.device)
-        unmerged = build_pruned(supernet, blocks, [block.name for block in blocks])
-        twin.to("cpu").write_back(unmerged)
+        said = supervision.figure(twin.to(self.given.device), self.given.judged, self.given.device)
         self.given.say("merging")
         merged = merge(unmerged, runtime=self.given.runtime)
         self.given.say("checking on onnxruntime")
