@@ -21,7 +21,7 @@ _TEACHING: Options = (
     click.option("--labels", is_flag=True, help="Learn from labels (the default where there are any)."),
     click.option("--distill", is_flag=True, help="Learn from the teacher's outputs; with --labels from both."),
     click.option(
-        "--target-output", metavar="NAME", help="Output that labels and metric are for; the first by default."
+        "--target-output", metavar="NAME", help="Output that labels and metric are for; the first of floats by default."
     ),
     click.option("--metric", metavar="M", help="Figure to judge by: top1, mse, agreement, ..., or module:function."),
 )

@@ -29,7 +29,7 @@ class Wishes:
     Args:
         labels: Learn from labels.
         distill: Learn from the teacher's outputs.
-        output: The output that labels, metric and a choice of logits refer to; the first when None.
+        output: The output that labels, metric and a choice of logits refer to; the first of floats when None.
         features: ``STUDENT`` or ``STUDENT=TEACHER`` names of tensors inside.
         distill_loss: "kl", "mse", or "auto": KL where an output of two axes may hold logits, else the squared error.
         metric: See ``validation.metrics``.
@@ -208,13 +208,15 @@ def supervise(
         RecipeError: There is nothing to learn from, or a name is unknown.
         DataError: Labels are missing or do not fit.
     """
-    output = wishes.output or twin.output_names[0]
-    if output not in twin.output_names:
-        raise RecipeError(f"output {output!r}: the model has {', '.join(map(repr, twin.output_names))}")
     probe = next(training.ordered(2))
-    tensor = logits_of(twin.graph, output)
     with torch.no_grad():
-        outputs = twin(probe.feeds, list(dict.fromkeys([*twin.output_names, tensor])))
+        outputs = twin(probe.feeds, twin.output_names)
+        floats = [name for name in twin.output_names if outputs[name].is_floating_point()]
+        output = wishes.output or next(iter(floats), twin.output_names[0])
+        if output not in outputs:
+            raise RecipeError(f"output {output!r}: the model has {', '.join(map(repr, twin.output_names))}")
+        tensor = logits_of(twin.graph, output)
+        outputs = {**outputs, **twin(probe.feeds, [tensor])}
     objective, text = None, "statistics of BatchNormalization only"
     if gradients:
         objective = _objective(twin, training, teacher, wishes, outputs, probe, output, tensor)
