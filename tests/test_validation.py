@@ -252,3 +252,18 @@ def test_weights_listed_as_inputs_are_passed_over_when_told():
     skeleton = with_default(8, weight=False)
     assert interface_differences(before, skeleton) == ["input 'w' is new"]
     assert interface_differences(before, skeleton, initializers=False) == []
+
+
+def test_integers_in_front_are_not_what_a_metric_is_taken_of(runtime, tmp_path):
+    """Ids that a model hands through agree whatever the weights."""
+    text = "g (float[N,4] x) => (int64[N,1] ids, float[N,3] y) { ids = ArgMax<axis=1>(x)  y = MatMul(x, w) }"
+    weights = [np.random.default_rng(seed).normal(size=(4, 3)).astype(np.float32) for seed in range(2)]
+    first, second = (model(text, w=values) for values in weights)
+    x = np.random.default_rng(2).normal(size=(64, 4)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x)
+    found = validate(first, second, data=str(tmp_path / "d.npz"), metric="agreement", runtime=runtime)
+    assert found.metric is not None and found.metric.name == "agreement"
+    same = float(np.mean((x @ weights[0]).argmax(1) == (x @ weights[1]).argmax(1)))
+    assert found.quality["agreement, optimizations off"][1] == pytest.approx(same) and same < 0.9
+    ids = validate(first, second, data=str(tmp_path / "d.npz"), metric="agreement", output="ids", runtime=runtime)
+    assert ids.quality["agreement, optimizations off"][1] == 1

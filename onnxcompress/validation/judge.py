@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from onnxcompress.data import Dataset, InputSpec, load_data
 from onnxcompress.errors import DataError, RecipeError
@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 METRIC_TOLERANCE = 0.005  # half a point of accuracy: below the sampling error of 10,000 labelled images at 70 %
+_FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
 COMPARED_BATCHES = 8  # of the data, for the differences of the outputs; the metric sees all
 DEFAULT_BATCH = 32
 
@@ -169,7 +170,7 @@ def validate(
         b: The model to judge.
         data: Samples, see ``onnxcompress.data``; seeded inputs without.
         metric: A name from ``onnxcompress.validation.metrics`` or ``module:function``; needs ``data``.
-        output: Which output the metric is taken of; the first when None.
+        output: Which output the metric is taken of; the first of floats when None.
         limit: At most so many samples.
         batch: Samples in a batch; also the batch size of seeded inputs.
         tolerance: Largest drop of the metric (0.005 when None), or largest max|d| / max|y| of an output (1e-5).
@@ -216,7 +217,9 @@ def validate(
 def _output_index(model: ModelProto, name: str | None) -> int:
     names = [value.name for value in model.graph.output]
     if name is None:
-        return 0
+        # Integers in front are often ids that a model hands through.
+        kinds = [value.type.tensor_type.elem_type for value in model.graph.output]
+        return next((index for index, kind in enumerate(kinds) if kind in _FLOATS), 0)
     if name not in names:
         raise RecipeError(f"output {name!r}: the model has {', '.join(map(repr, names))}")
     return names.index(name)
