@@ -3,7 +3,7 @@
     python tools/run_sessions.py docs/optimize.md docs/bench.md
 
 Lines that start with ``$`` are run by bash, all of a page in one fresh folder; what they print, stdout and stderr in
-the order in which it came, takes the place of the lines that follow.
+the order in which it came, takes the place of the lines that follow. A block without such lines stays as it is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def refreshed(text: str, folder: Path, environment: dict[str, str]) -> str:
         lines = []
         for command in commands(found[2]):
             lines += [f"$ {command}", *run(command, folder, environment)]
-        return f"{found[1]}{chr(10).join(lines)}\n{found[3]}"
+        return f"{found[1]}{chr(10).join(lines)}\n{found[3]}" if lines else found[0]
 
     return BLOCK.sub(again, text)
 
