@@ -7,13 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxcompress.cli.options import FilePath
 from onnxcompress.cli.reporting import check_report, report_option, with_weight_bytes, write_report
 from onnxcompress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from onnxcompress.view.changes import NodeChange
 
 COMPARED = ("size_bytes", "nodes", "parameters", "macs", "operators")
 
@@ -35,7 +38,7 @@ def command(models: tuple[Path, ...], port: int, browser: bool, report: Path | N
     check_report(report)
     with Viewer(models, port=port) as viewer:
         if report is not None:
-            write_report(report, _content(models), "view", *models)
+            write_report(report, _content(models, viewer.changes), "view", *models)
         click.echo(f"{viewer.url} (Ctrl-C ends)")
         sys.stdout.flush()
         if browser:
@@ -44,22 +47,18 @@ def command(models: tuple[Path, ...], port: int, browser: bool, report: Path | N
             viewer.closed.wait()
 
 
-def _content(models: Sequence[Path]) -> dict[str, Any]:
+def _content(models: Sequence[Path], changes: Sequence[NodeChange] | None) -> dict[str, Any]:
     """What is in one model, or what is different in the second of two."""
     from onnxcompress.inspection import inspect_model
-    from onnxcompress.model_io import read_proto
-    from onnxcompress.view.changes import node_changes
 
-    found = [inspect_model(model) for model in models]
-    if len(found) == 1:
-        return found[0]
-    before, after = ({key: one[key] for key in COMPARED} for one in found)
-    changes = node_changes(*(read_proto(model).graph for model in models))
+    if len(models) == 1:
+        return inspect_model(models[0])
+    before, after = (inspect_model(model, download=False) for model in models)
     content = {
         "input": str(models[0]),
         "output": str(models[1]),
-        "before": before,
-        "after": after,
-        "changes": [asdict(one) for one in changes],
+        "before": {key: before[key] for key in COMPARED},
+        "after": {key: after[key] for key in COMPARED},
+        "changes": [asdict(one) for one in changes or ()],
     }
     return with_weight_bytes(content, *models)

@@ -81,7 +81,7 @@ def test_what_was_pruned_is_trained_on_labels_and_on_what_the_original_gives(tmp
     shared = Shared(str(tmp_path / "fitting.npz"), str(tmp_path / "deciding.npz"), tmp_path / "m.onnx", labelled=True)
     step = Step("finetune", {"labels": True, "distill": True, "steps": 60, "batch": 16, "lr": 0.1})
     said: list[str] = []
-    done = steps.run_step(step, tmp_path / "worse.onnx", tmp_path / "out.onnx", shared, None, said.append)  # type: ignore[arg-type]
+    done = steps.run_step(step, tmp_path / "worse.onnx", tmp_path / "out.onnx", shared, None, said.append)  # type: ignore[arg-type]  # finetune has no use for a runtime
     assert "top1 on the samples that decide: 0." in done.summary[1] and done.repeat == step.settings
     before, after = (float(figure) for figure in done.summary[1].rpartition(": ")[2].split(" -> "))
     assert before < 0.7 < 0.9 < after and any(line.startswith("finetune: step ") for line in said)
@@ -124,7 +124,7 @@ def tried(folder: Path, meter: OneMeter) -> Attempts:
     source = folder / "m.onnx"
     onnx.save(network(), source)
     checkpoint = Checkpoint(folder / "state", {})
-    return Attempts(source, Shared("none", "none", source), meter, checkpoint, None, lambda line: None)  # type: ignore
+    return Attempts(source, Shared("none", "none", source), meter, checkpoint, None, lambda line: None)  # type: ignore[arg-type]  # no runtime
 
 
 def test_what_was_tried_is_not_done_again(tmp_path, monkeypatch):

@@ -140,7 +140,6 @@ def _matrix(node: Node) -> tuple[int, int, int] | None:
             and node.attrs.get("group", 1) == 1
             and all(stride == 1 for stride in node.attrs.get("strides", [1]))
             and not any(node.attrs.get("pads", []))
-            and node.attrs.get("auto_pad", "NOTSET") != "SAME_LOWER"
         )
         return (1, shape[1], shape[0]) if plain else None
     if len(shape) != 2 or node.attrs.get("transA", 0):
