@@ -162,8 +162,8 @@ class Bench:
         target = self.folder / f"{arm}.onnx"
         state = self.folder / f"state_{arm}"
         state.mkdir(exist_ok=True)
-        ladders = self.state / "ladders.json"  # the same for all arms, and made once
-        (state / "ladders.json").write_bytes(ladders.read_bytes())
+        for name in ("ladders.json", "macs.json"):  # the same for all arms, and made once
+            (state / name).write_bytes((self.state / name).read_bytes())
         found = prune_scale(self.model, target, replace(self.options, checkpoint=state), chosen=levels)
         return {
             "levels": list(levels),

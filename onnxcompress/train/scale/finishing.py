@@ -278,7 +278,7 @@ class Finisher:
         """Delete what a run that is done has no use for."""
         for folder in self.folder.glob(f"{_TRAINING}-*-*-*"):
             Checkpoint(folder, {}).remove()
-        lists = (self.folder / f"{name}.json" for name in ("points", "ladders", "latency"))
+        lists = (self.folder / f"{name}.json" for name in ("points", "ladders", "macs", "latency"))
         for path in (*self.folder.glob("*-*-*-*.onnx"), *lists):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else lies there

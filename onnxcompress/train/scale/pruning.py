@@ -98,7 +98,7 @@ class Job:
             torch.set_num_threads(given.options.threads)
         self.say("reading the model")
         self.ladders = kept_ladders(given, goal, folder / "ladders.json", self.say)
-        self.space = Space(given, self.ladders, goal, folder / "latency.json", self.say)
+        self.space = Space(given, self.ladders, goal, folder, self.say)
         self.decider = Decider(self.space, folder, self._told)
 
     def say(self, text: str) -> None:

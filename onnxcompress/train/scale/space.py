@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from onnxcompress.graph import Graph
 from onnxcompress.train.depth.costs import merge
 from onnxcompress.train.depth.offers import BudgetError
 from onnxcompress.train.scale.axes import Ladders, count_all, structure
+from onnxcompress.train.scale.estimating import Measurements, MergedMacs
 from onnxcompress.train.scale.finishing import compare
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import Point
@@ -35,29 +38,25 @@ class Space:
         given: Model and samples.
         ladders: Of its prepared graph.
         goal: What is to be kept.
-        latencies: Where measurements of latency are kept.
+        folder: Where measurements are kept.
         say: Told what is being done.
 
     Attributes:
-        table: Multiply-accumulates or milliseconds of every triple, by the counted or estimated graph.
+        table: Multiply-accumulates or milliseconds of every triple once it is merged, estimated.
         limit: What a triple may cost.
     """
 
-    def __init__(self, given: Given, ladders: Ladders, goal: Goal, latencies: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, given: Given, ladders: Ladders, goal: Goal, folder: Path, say: Callable[[str], None]) -> None:
         self.given, self.ladders, self.goal = given, ladders, goal
-        self.table = count_all(given.graph, ladders, float(given.figures.macs))
-        self._macs: dict[Levels, int] = {}
-        self.latency: LatencyTable | None = None
+        counted = count_all(given.graph, ladders, float(given.figures.macs))
+        run = hashlib.sha256(json.dumps([given.identity(), ladders.as_dict()], sort_keys=True).encode()).hexdigest()
+        kept = Measurements(folder / f"{goal.kind}.json", run, resume=given.options.resume)
+        self._costs: LatencyTable | MergedMacs
         if goal.kind == "latency":
-            self.latency = LatencyTable(
-                self.table,
-                self.merged,
-                lambda path: compare(given, path),
-                latencies,
-                resume=given.options.resume,
-                say=say,
-            )
-            self.table = self.latency.table
+            self._costs = LatencyTable(counted, self.merged, lambda path: compare(given, path), kept, say)
+        else:
+            self._costs = MergedMacs(counted, lambda levels: count(self.merged(levels)).macs, kept, say)
+        self.table = self._costs.table
         self.limit = goal.limit(self.table.original)
 
     @property
@@ -112,12 +111,9 @@ class Space:
 
     def real_cost(self, levels: Levels) -> float:
         """What the merged graph at a triple costs, counted or timed."""
-        if self.latency is not None:
-            return self.latency.measured(levels, self.merged(levels))
-        if levels not in self._macs:
-            self._macs[levels] = count(self.merged(levels)).macs
-            logger.info("levels %s: %d MACs, %.0f by the table", levels, self._macs[levels], self.table.cost(levels))
-        return self._macs[levels]
+        found = self._costs.measured(levels)
+        logger.info("levels %s: %s %.4g, %.4g by the table", levels, self.goal.kind, found, self.table.cost(levels))
+        return found
 
     def is_within(self, levels: Levels) -> bool:
         """Whether the real graph at a triple keeps the goal."""

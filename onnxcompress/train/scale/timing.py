@@ -1,28 +1,22 @@
-"""Latency of triples: measured on each axis, put together as a product, and measured again for the triples that count.
+"""Latency of triples: estimated from a few of each axis, timed for those that count.
 
-Timing all triples would take hours. A few levels of each axis are timed, in turns with the original, and the others lie
-between them; what two axes do together is taken for the product. Whatever is then chosen is timed itself, and where it
-is slower than expected all estimates go up by as much.
+A triple that is slower than expected moves all estimates up by as much.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from onnxcompress.graph import Graph
 from onnxcompress.measure import LatencyFigures
 from onnxcompress.model_io import save
-from onnxcompress.train.depth.search import write_whole
-from onnxcompress.train.scale.predictor import AXES
+from onnxcompress.train.scale.estimating import MEASURED_LEVELS, Measurements, estimate
 from onnxcompress.train.scale.solving import CostTable, Levels
 
-TIMED_LEVELS = 4  # of each axis
 MARGIN = 0.02  # a later measurement has to meet the goal, too
+_ORIGINAL = "original_ms"
 
 
 class LatencyTable:
@@ -32,9 +26,12 @@ class LatencyTable:
         macs: Multiply-accumulates of every triple.
         merged: The merged structure at a triple.
         compare: Times a file and the original, in turns.
-        path: Where measurements are kept.
-        resume: Whether those that are there are taken up.
+        kept: Measurements of this run.
         say: Told what is being done.
+
+    Attributes:
+        table: The estimates.
+        original_ms: Of the original, as first timed.
     """
 
     def __init__(
@@ -42,50 +39,36 @@ class LatencyTable:
         macs: CostTable,
         merged: Callable[[Levels], Graph],
         compare: Callable[[Path], LatencyFigures],
-        path: Path,
-        *,
-        resume: bool,
+        kept: Measurements,
         say: Callable[[str], None],
     ) -> None:
-        self._compare, self._path = compare, path
-        self._held: dict[str, float] = {}
-        if resume and path.exists():
-            self._held = dict(json.loads(path.read_text(encoding="utf-8")))
-        self.original_ms = self._held.get("original_ms", 0.0)
-        logs = []
-        for number, axis in enumerate(AXES):
-            count = macs.costs.shape[number]
-            timed = sorted({0, *np.linspace(0, count - 1, min(TIMED_LEVELS + 1, count)).round().astype(int).tolist()})
-            found = []
-            for level in timed:
-                d, w, r = (level if number == other else 0 for other in range(3))
-                say(f"timing {axis} at level {level} of {count - 1}")
-                found.append(self.share((d, w, r), merged((d, w, r))))
-            # Between timed levels along the logarithm of the MACs, which falls.
-            alone = -np.log(macs.alone(number) / macs.costs[0, 0, 0])
-            logs.append(np.interp(alone, alone[timed], np.log(found)))
-        first = logs[0][0]  # the merged original
-        total = first + (logs[0] - logs[0][0])[:, None, None] + (logs[1] - logs[1][0])[None, :, None]
-        total = total + (logs[2] - logs[2][0])[None, None, :]
-        self.table = CostTable(macs.sizes, self.original_ms * np.exp(total) * (1 + MARGIN), self.original_ms)
+        self._merged, self._compare, self._kept = merged, compare, kept
+        self.original_ms = self._kept.held.get(_ORIGINAL, 0.0)
 
-    def share(self, levels: Levels, graph: Graph) -> float:
-        """Measured latency as a share of the original's; measured once in a run, so that a resumed one has the same."""
-        name = "-".join(map(str, levels))
-        if name not in self._held:
+        def timed(levels: Levels) -> float:
+            say(f"timing at levels {levels}")
+            return self._share(levels)
+
+        shares = estimate(macs, (MEASURED_LEVELS,) * 3, timed)
+        self.table = CostTable(macs.sizes, self.original_ms * shares * (1 + MARGIN), self.original_ms)
+
+    def _share(self, levels: Levels) -> float:
+        """Measured latency as a share of the original's."""
+
+        def measure() -> float:
             with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
                 path = Path(folder) / "model.onnx"
-                save(graph, path)
+                save(self._merged(levels), path)
                 latency = self._compare(path)
             if not self.original_ms:
-                self.original_ms = self._held["original_ms"] = latency.original_ms
-            self._held[name] = 1 / latency.ratio
-            write_whole(self._path, json.dumps(self._held))
-        return self._held[name]
+                self.original_ms = self._kept.held[_ORIGINAL] = latency.original_ms
+            return 1 / latency.ratio
 
-    def measured(self, levels: Levels, graph: Graph) -> float:
+        return self._kept.at(levels, measure)
+
+    def measured(self, levels: Levels) -> float:
         """Milliseconds of a triple, timed, with the margin; the estimates of all move with it where they were low."""
-        found = self.share(levels, graph) * self.original_ms * (1 + MARGIN)
+        found = self._share(levels) * self.original_ms * (1 + MARGIN)
         expected = self.table.cost(levels)
         if found > expected:
             self.table.costs[...] *= found / expected

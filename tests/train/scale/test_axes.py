@@ -15,6 +15,7 @@ from onnxcompress.channels.options import Goal
 from onnxcompress.channels.preparing import prepare as prepare_channels
 from onnxcompress.channels.ranking import magnitudes
 from onnxcompress.cost import count
+from onnxcompress.errors import RecipeError
 from onnxcompress.measure import LatencyFigures
 from onnxcompress.model_io import load, save, to_proto
 from onnxcompress.runtime import Runtime
@@ -23,6 +24,7 @@ from onnxcompress.testing import model, run
 from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.preparation import prepare as prepare_blocks
 from onnxcompress.train.scale.axes import Ladders, count_all, pixel_ladder, remove, structure, width_ladder
+from onnxcompress.train.scale.estimating import Measurements
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.making import move_weights
 from onnxcompress.train.scale.options import ScaleOptions
@@ -144,10 +146,9 @@ def test_latency_is_estimated_from_the_axes_and_measured_where_it_counts(tmp_pat
     macs = CostTable((sizes, sizes, (1.0,)), 1e6 * grid[:, None, None] * grid[None, :, None] ** 2, 1e6)
     clock = Clock(macs)
 
-    def read(resume):
-        return LatencyTable(
-            macs, clock.merged, clock.compare, tmp_path / "latency.json", resume=resume, say=lambda line: None
-        )
+    def read(resume, run="this"):
+        kept = Measurements(tmp_path / "latency.json", run, resume=resume)
+        return LatencyTable(macs, clock.merged, clock.compare, kept, lambda line: None)
 
     found = read(True)
     assert len(clock.timed) == 9  # five levels of two axes; the original is one of both
@@ -157,13 +158,18 @@ def test_latency_is_estimated_from_the_axes_and_measured_where_it_counts(tmp_pat
     # Between them along the logarithm of the MACs.
     assert found.table.cost((6, 0, 0)) == pytest.approx(10 * (0.2 + 0.8 * 0.7) * (1 + MARGIN), rel=0.01)
     expected = found.table.cost((10, 10, 0))
-    measured = found.measured((10, 10, 0), clock.merged((10, 10, 0)))
+    measured = found.measured((10, 10, 0))
     assert measured > expected and found.table.cost((10, 10, 0)) == pytest.approx(measured)
     count_of = len(clock.timed)
     again = read(True)
     assert len(clock.timed) == count_of and again.original_ms == 10.0
     read(False)
-    assert len(clock.timed) > count_of
+    assert len(clock.timed) == count_of + 9
+    read(True, "another")
+    assert len(clock.timed) == count_of + 18
+    (tmp_path / "latency.json").write_text('{"run": "another", "figures": [1, 2')
+    with pytest.raises(RecipeError, match=r"latency\.json cannot be read .*--no-resume starts anew"):
+        read(True)
 
 
 def test_macs_of_a_file_whose_sizes_hide_are_those_of_the_prepared_graph(tmp_path):

@@ -26,6 +26,7 @@ from onnxcompress.train.depth.offers import BudgetError
 from onnxcompress.train.scale.axes import Ladders, count_all
 from onnxcompress.train.scale.collecting import axis_points
 from onnxcompress.train.scale.given import Given
+from onnxcompress.train.scale.laddering import kept_ladders
 from onnxcompress.train.scale.making import prune
 from onnxcompress.train.scale.options import ScaleOptions, parse_axes
 from onnxcompress.train.scale.pruning import Job, plan_scale, prune_scale
@@ -250,26 +251,58 @@ def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
 
 
 def test_triples_that_merges_make_dearer_are_passed_over_together(tmp_path, monkeypatch):
-    """Where blocks have gone, one Conv of two may have more MACs than both had."""
+    """Where blocks have gone, one Conv of two may have more MACs than both had, at some widths only."""
     options = replace(OPTIONS, goal=Goal("macs", 0.12, True), axes=("depth", "width"))
     monkeypatch.setattr(Space, "merged", lambda space, levels: levels)
     with Given(FOLDER / "mobilenetv2_mini_digits.onnx", options) as given:
+        ladders = kept_ladders(given, options.goal, tmp_path / "ladders.json", lambda line: None)
+        plain = count_all(given.graph, ladders, float(given.figures.macs))
+        dear, counted = plain.costs.shape[0] - 2, []  # with so many blocks gone
+
+        def macs(levels):
+            counted.append(levels)
+            return SimpleNamespace(macs=int(plain.cost(levels) * (1.3 if levels[0] == dear and levels[1] else 1.0)))
+
+        monkeypatch.setattr("onnxcompress.train.scale.space.count", macs)
         job = Job(given, tmp_path)
-        table, dear = job.space.table, job.space.table.costs.shape[0] - 2  # with so many blocks gone
-        monkeypatch.setattr(
-            "onnxcompress.train.scale.space.count",
-            lambda levels: SimpleNamespace(macs=int(table.cost(levels) * (1.3 if levels[0] == dear else 1.0))),
-        )
+        table = job.space.table
+        assert np.array_equal(table.costs, plain.costs)  # what two axes do together is not seen on one
         points = axis_points(table, job.space.ends(), options)
         deepest = SimpleNamespace(best=lambda sizes, places: int(np.argmin(np.abs(places[:, 0] - place))))
         for preferred, factor in ((dear, 1.3), (dear - 1, 1.0)):
             place = job.space.coordinates([(preferred, 0, 0)])[1][0, 0]
-            job.space._macs.clear()
+            counted.clear()
             chosen = job.decider._choose(deepest, points)
             assert chosen[0] == preferred and factor * table.cost(chosen) <= job.space.limit
-            assert len(job.space._macs) <= 4, "not one after the other"
+            assert len(counted) <= 4, "not one after the other"
             wider = (chosen[0], chosen[1] - 1, chosen[2])
             assert table.cost(wider) * factor > job.space.limit, "no more goes than needed"
+        triples = job.space.triples(points)
+        over = max((one for one in triples if one[0] == dear), key=table.cost)
+        gone = set(triples) - set(job.space.without(triples, over))
+        assert over in gone and {levels[0] for levels in gone} == {dear}, "those of other depths stay"
+
+
+def test_merged_multiply_accumulates_are_estimated_from_the_axes(tmp_path):
+    """The 1x1 convolutions before the pooling of a DenseNet go behind it."""
+    options = replace(OPTIONS, goal=Goal("macs", 0.3, True), axes=("width", "resolution"))
+    with Given(FOLDER / "densenet_mini_digits.onnx", options) as given:
+        job = Job(given, tmp_path)
+        space, table = job.space, job.space.table
+        plain = count_all(given.graph, job.ladders, float(given.figures.macs))
+        ends = np.array(table.costs.shape) - 1
+        kept = json.loads((tmp_path / "macs.json").read_text())["figures"]
+        assert len(kept) == 9 and set(kept) > {"0-0-0", f"0-{ends[1]}-0", f"0-0-{ends[2]}"}
+        off = []
+        for levels in [(0, 0, 0), (0, ends[1], 0), (0, 0, ends[2]), (0, 3, 1), (0, ends[1] // 3, ends[2] // 2)]:
+            real = count(space.merged(levels)).macs
+            assert space.real_cost(levels) == real
+            off.append((abs(plain.cost(levels) / real - 1), abs(table.cost(levels) / real - 1)))
+        by_count, estimated = (max(column) for column in zip(*off, strict=True))
+        assert by_count > 0.05 and estimated < 0.01, off
+        held = (tmp_path / "macs.json").stat().st_mtime_ns
+        again = Job(given, tmp_path).space.table
+        assert np.array_equal(again.costs, table.costs) and (tmp_path / "macs.json").stat().st_mtime_ns == held
 
 
 def test_an_axis_that_a_model_does_not_have_is_left_out(tmp_path):
