@@ -33,6 +33,7 @@ from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.steps import Step, read_branch
 from onnxcompress.train.depth.supernet import Supernet
 from onnxcompress.train.depth.training import Lambdas
+from onnxcompress.train.losses import Executor
 from onnxcompress.train.torch_graph import BatchNormNames, TorchGraph
 
 RIDGE = 1e-3
@@ -119,12 +120,12 @@ def fit_blocks(
     return fits
 
 
-def fit_outputs(twin: TorchGraph, original: TorchGraph, calibration: Sequence[Feeds]) -> list[BlockFit]:
+def fit_outputs(twin: TorchGraph, original: Executor, calibration: Sequence[Feeds]) -> list[BlockFit]:
     """Fit the last linear operator in front of each output to what another network gives there.
 
     Args:
         twin: Its numbers are changed.
-        original: Has outputs of the same names and shapes.
+        original: Gives tensors by name; has outputs of the same names and shapes.
         calibration: Feeds.
     """
     twin.eval()
@@ -185,7 +186,7 @@ def _mix(graph: Graph, lambda_name: str, fitted: Mapping[str, Tensor]) -> None:
 
 
 def _fit_part(
-    twin: TorchGraph, part: _Part, original: TorchGraph, calibration: Sequence[Feeds]
+    twin: TorchGraph, part: _Part, original: Executor, calibration: Sequence[Feeds]
 ) -> tuple[BlockFit, _Place | None]:
     place = _place(twin, part)
     if isinstance(place, str):
@@ -334,7 +335,7 @@ def _bias(twin: TorchGraph, node: Node, following: Sequence[Node]) -> str:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def _fit(name: str, twin: TorchGraph, original: TorchGraph, place: _Place, calibration: Sequence[Feeds]) -> BlockFit:
+def _fit(name: str, twin: TorchGraph, original: Executor, place: _Place, calibration: Sequence[Feeds]) -> BlockFit:
     sums, slope = _Sums(), torch.empty(0)
     for feeds in calibration:
         found = twin(feeds, [place.reads, place.makes, place.branch, *([place.skip] if place.skip else [])])
