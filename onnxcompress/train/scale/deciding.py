@@ -103,6 +103,7 @@ class Decider:
             collector.total = len(everything) + sum(point.axis == "candidate" for point in raced) + len(wanted)
             raced += collector.collect([(point_at(self.table, "candidate", one), None, epochs) for one in wanted])
             raced = in_order(raced, higher_is_better=predictor.higher_is_better)
+            triples = self.table.largest(self.space.triples(measured))  # timed triples move the others
             wanted = [] if raced[0].levels == before else self._near(raced, triples, predictor)
             if not wanted:
                 return raced

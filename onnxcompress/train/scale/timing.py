@@ -1,21 +1,28 @@
 """Latency of triples: estimated from a few of each axis, timed for those that count.
 
-A triple that is slower than expected moves all estimates up by as much.
+What does not get faster with the multiply-accumulates makes two axes together slower than their product says. Each
+triple that is timed tells by how much, for itself and, the less the further away, for those around it: the estimates
+move by a Gaussian process over the logarithms of what the axes save, as the figures of the predictor do.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from onnxcompress.graph import Graph
 from onnxcompress.measure import LatencyFigures
 from onnxcompress.model_io import save
 from onnxcompress.train.scale.estimating import MEASURED_LEVELS, Measurements, estimate
+from onnxcompress.train.scale.predictor import Residuals
 from onnxcompress.train.scale.solving import CostTable, Levels
 
 MARGIN = 0.02  # a later measurement has to meet the goal, too
+_SPREAD, _NOISE = 0.15, 0.01  # of the logarithm: what the product is off by, and a ratio of medians
 _ORIGINAL = "original_ms"
 
 
@@ -45,12 +52,18 @@ class LatencyTable:
         self._merged, self._compare, self._kept = merged, compare, kept
         self.original_ms = self._kept.held.get(_ORIGINAL, 0.0)
 
+        self._seen: dict[Levels, float] = {}  # the logarithm of measured over product
+
         def timed(levels: Levels) -> float:
             say(f"timing at levels {levels}")
+            self._seen[levels] = 0.0
             return self._share(levels)
 
         shares = estimate(macs, (MEASURED_LEVELS,) * 3, timed)
-        self.table = CostTable(macs.sizes, self.original_ms * shares * (1 + MARGIN), self.original_ms)
+        self._product = self.original_ms * shares * (1 + MARGIN)
+        self.table = CostTable(macs.sizes, self._product.copy(), self.original_ms)
+        alone = np.meshgrid(*(np.log2(self.table.alone(axis)) for axis in range(3)), indexing="ij")
+        self._places = np.log2(self.table.cost((0, 0, 0))) - np.stack(alone, axis=-1)  # a half is 1
 
     def _share(self, levels: Levels) -> float:
         """Measured latency as a share of the original's."""
@@ -67,9 +80,13 @@ class LatencyTable:
         return self._kept.at(levels, measure)
 
     def measured(self, levels: Levels) -> float:
-        """Milliseconds of a triple, timed, with the margin; the estimates of all move with it where they were low."""
+        """Milliseconds of a triple, timed, with the margin; the estimates around it move with it."""
         found = self._share(levels) * self.original_ms * (1 + MARGIN)
-        expected = self.table.cost(levels)
-        if found > expected:
-            self.table.costs[...] *= found / expected
+        if levels not in self._seen:
+            self._seen[levels] = math.log(found / self._product[levels])
+            known = tuple(np.array(list(self._seen)).T)
+            off = np.array(list(self._seen.values()))
+            shift, _ = Residuals(self._places[known], off, _NOISE, _SPREAD).correction(self._places.reshape(-1, 3))
+            self.table.costs[...] = self._product * np.exp(shift.reshape(self._product.shape))
+            self.table.costs[known] = self._product[known] * np.exp(off)
         return found
