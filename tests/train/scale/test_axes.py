@@ -165,7 +165,7 @@ def test_latency_is_estimated_from_the_axes_and_measured_where_it_counts(tmp_pat
     assert measured > expected and found.table.cost((10, 10, 0)) == pytest.approx(measured)
     # Near to it the product is off by about as much, on the axes it was measured.
     true = clock.rule((9, 9, 0)) * 10 * (1 + MARGIN)
-    assert abs(found.table.cost((9, 9, 0)) - true) < 0.5 * abs(product - true)  # 0.14 and 0.31 ms
+    assert abs(found.table.cost((9, 9, 0)) - true) < 0.5 * abs(product - true)
     assert [found.table.cost(levels) for levels in [(0, 10, 0), (5, 0, 0)]] == pytest.approx(alone, rel=0.01)
     count_of = len(clock.timed)
     again = read(True)
