@@ -250,6 +250,13 @@ def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
     assert BudgetError.exit_code == 1 and not (tmp_path / "out.onnx").exists()
 
 
+def test_a_goal_that_merging_alone_reaches_takes_nothing_away(tmp_path):
+    """Merged, the network of linear branches has 0.44x of its multiply-accumulates."""
+    with pytest.raises(RecipeError, match=r"0\.5x of the macs is reached without pruning: onnxcompress optimize does"):
+        prune_scale(FOLDER / "digits.onnx", tmp_path / "out.onnx", replace(OPTIONS, axes=("width",)))
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_triples_that_merges_make_dearer_are_passed_over_together(tmp_path, monkeypatch):
     """Where blocks have gone, one Conv of two may have more MACs than both had, at some widths only."""
     options = replace(OPTIONS, goal=Goal("macs", 0.12, True), axes=("depth", "width"))
