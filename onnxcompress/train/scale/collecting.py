@@ -49,8 +49,7 @@ def axis_points(table: CostTable, ends: Mapping[str, int], options: ScaleOptions
 
 def point_at(table: CostTable, axis: str, levels: Levels) -> Point:
     """A point that is still to be made."""
-    cost = table.cost(levels)
-    return Point(axis, levels, table.size(levels), cost, cost / table.original)
+    return Point(axis, levels, table.size(levels), table.macs(levels), table.cost(levels) / table.original)
 
 
 class Collector:

@@ -35,11 +35,13 @@ class CostTable:
         sizes: By axis, what is left at each level; level 0 is 1, everything.
         costs: (depths, widths, resolutions).
         original: What the goal is a share of.
+        counted: Multiply-accumulates, where costs are something else.
     """
 
     sizes: tuple[tuple[float, ...], ...]
     costs: np.ndarray
     original: float
+    counted: np.ndarray | None = None
 
     def size(self, levels: Levels) -> tuple[float, float, float]:
         d, w, r = (self.sizes[axis][level] for axis, level in enumerate(levels))
@@ -47,6 +49,9 @@ class CostTable:
 
     def cost(self, levels: Levels) -> float:
         return float(self.costs[levels])
+
+    def macs(self, levels: Levels) -> float:
+        return float(self.costs[levels] if self.counted is None else self.counted[levels])
 
     def alone(self, axis: int) -> np.ndarray:
         """Costs of the levels of one axis, the others at everything."""

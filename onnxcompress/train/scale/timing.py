@@ -61,7 +61,7 @@ class LatencyTable:
 
         shares = estimate(macs, (MEASURED_LEVELS,) * 3, timed)
         self._product = self.original_ms * shares * (1 + MARGIN)
-        self.table = CostTable(macs.sizes, self._product.copy(), self.original_ms)
+        self.table = CostTable(macs.sizes, self._product.copy(), self.original_ms, macs.costs)
         alone = np.meshgrid(*(np.log2(self.table.alone(axis)) for axis in range(3)), indexing="ij")
         self._places = np.log2(self.table.cost((0, 0, 0))) - np.stack(alone, axis=-1)  # a half is 1
 

@@ -241,6 +241,7 @@ def test_latency_is_measured_on_the_result(tmp_path):
     result = prune_scale(RESNET, tmp_path / "out.onnx", options)
     assert 1 / result.latency.high <= 0.95 and result.deleted
     assert result.decision.limit == pytest.approx(0.95)
+    assert all(1e5 < point.macs < result.figures_before.macs for point in result.decision.points)  # no milliseconds
 
 
 def test_a_goal_out_of_reach_says_what_is_in_reach(tmp_path):
