@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from onnxcompress.train.scale.options import Point
+from onnxcompress.channels.options import Goal
+from onnxcompress.train.scale.deciding import Decider
+from onnxcompress.train.scale.options import Point, ScaleOptions
 from onnxcompress.train.scale.predictor import Predictor, fit_axis
 from onnxcompress.train.scale.racing import APART, candidates, in_order, neighbours
 
@@ -109,3 +113,34 @@ def test_an_axis_of_many_levels_has_no_neighbours():
         return levels, levels / np.array([4, 100, 50])
 
     assert neighbours((0, 100, 0), fine, places) == [(1, 75, 0)]  # a step of pixels is 0.02 here
+
+
+def test_the_triples_are_listed_anew_when_what_was_timed_has_moved_them():
+    """A candidate that is timed faster than expected brings triples within the goal, and the race goes on to one."""
+    new, listed, trained = (1, 0, LAST - 1), [], []
+
+    def triples(measured):
+        listed.append(1)
+        return [one for one in TRIPLES if one != new or len(listed) > 1]
+
+    def collect(wanted):
+        trained.extend(found.levels for found, *_ in wanted)
+        return [point("candidate", found.levels, 0.8, loss=float(found.levels[2] < 3)) for found, *_ in wanted]
+
+    table = SimpleNamespace(
+        largest=list,
+        size=lambda levels: (1.0, 1.0, 1.0),
+        macs=lambda levels: 1.0,
+        cost=lambda levels: 1.0,
+        original=2.0,
+    )
+    space = SimpleNamespace(
+        given=SimpleNamespace(options=ScaleOptions("data", "val", Goal("macs", 0.5, True), candidates=2, rounds=1)),
+        table=table,
+        triples=triples,
+        coordinates=coordinates,
+        is_within=lambda levels: True,
+    )
+    decider = Decider(space, Path(), lambda now: None)
+    decider._race(SimpleNamespace(collect=collect), predictor(), (0, 0, LAST), {}, [])
+    assert trained[0] == (0, 0, LAST) and new in trained
