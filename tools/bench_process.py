@@ -23,6 +23,7 @@ from pathlib import Path
 
 SAMPLE_S = 0.02
 RESCAN_S = 0.1  # /proc is listed this often; between two listings only known processes are read
+ENDING_S = 10.0  # a killed process of many gigabytes needs a moment to give them back
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
 
@@ -134,10 +135,23 @@ class TreeSampler(threading.Thread):
         self.join()
 
 
+def has_ended(pid: int) -> bool:
+    """Whether no such process runs: none of that number, or one that only waits for its parent to ask (a zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def kill_all(pids: Iterable[int]) -> None:
+    """Stop these processes, and return when they have ended: what is measured next must not run beside their end."""
+    pids = list(pids)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # ended by itself
             os.kill(pid, signal.SIGKILL)
+    give_up = time.monotonic() + ENDING_S  # one that hangs in the kernel never ends
+    while not all(map(has_ended, pids)) and time.monotonic() < give_up:
+        time.sleep(SAMPLE_S)
 
 
 def kill_tree(root: int) -> None:
@@ -190,6 +204,7 @@ def run_limited(
             timer.cancel()
             sampler.stop()
         wall_s = time.perf_counter() - start
+        timer.join()  # it may still be stopping the rest of the tree
         kill_orphans(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)

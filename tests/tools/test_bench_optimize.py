@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -365,7 +366,28 @@ def test_the_time_limit_stops_the_whole_tree():
     assert run.wall_s < 10
     assert "time limit" in run.failure
     child = int(run.message.split()[1])
-    assert child not in bench_process.process_table() or "Z" in Path(f"/proc/{child}/stat").read_text()
+    assert bench_process.has_ended(child)
+
+
+def test_a_process_has_ended_though_nobody_waited_for_it():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not bench_process.has_ended(process.pid)
+    bench_process.kill_all([process.pid])
+    assert "Z" in Path(f"/proc/{process.pid}/stat").read_text()
+    assert bench_process.has_ended(process.pid)
+    process.communicate()
+    assert bench_process.has_ended(process.pid)
+
+
+def test_killing_waits_for_the_end_but_not_for_ever(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench_process.os, "kill", lambda pid, signal: None)
+    monkeypatch.setattr(bench_process, "has_ended", lambda pid: asked.append(pid) or len(asked) > 3)
+    bench_process.kill_all([7])
+    assert asked == [7] * 4
+    monkeypatch.setattr(bench_process, "has_ended", lambda pid: False)
+    monkeypatch.setattr(bench_process, "ENDING_S", 0.1)
+    bench_process.kill_all([7])
 
 
 def test_a_failure_keeps_the_last_words():
