@@ -7,7 +7,6 @@ telemetry off. All come from one address, so that the page can show a node in ei
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import html
 import json
@@ -24,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from onnx import ModelProto
 
 from onnxcompress.errors import ModelError, RecipeError
 from onnxcompress.model_io import read_proto
@@ -54,14 +55,12 @@ class Viewer:
         changes: Of two ONNX models, the nodes that differ; None where one is of another format, which Netron may know.
 
     Raises:
-        ModelError: A file is missing.
+        ModelError: A file is missing, or one named .onnx is no ONNX model.
         RecipeError: Netron is not installed, or the port is taken.
     """
 
     def __init__(self, models: Sequence[Path], *, port: int = 0) -> None:
-        for model in models:
-            if not model.is_file():
-                raise ModelError(f"{model}: no such file")
+        protos = [_proto(model) for model in models]
         netron = find_spec("netron")
         if netron is None or not netron.submodule_search_locations:
             raise RecipeError("netron is not installed: pip install 'onnxcompress[view]'")
@@ -70,8 +69,8 @@ class Viewer:
         page = None
         paths = [f"{number}/" for number in range(len(models))]
         if len(models) == 2:
-            with contextlib.suppress(ModelError):
-                self.changes = node_changes(*(read_proto(model).graph for model in models))
+            known = [proto.graph for proto in protos if proto is not None]
+            self.changes = node_changes(*known) if len(known) == 2 else None
             page = side_by_side(list(zip([model.name for model in models], paths, strict=True)), self.changes)
         handler = _handler(Path(netron.submodule_search_locations[0]), dict(zip(paths, models, strict=True)), page)
         try:
@@ -95,6 +94,18 @@ class Viewer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _proto(model: Path) -> ModelProto | None:
+    """An ONNX model; None for a file of another format, which is Netron's to read."""
+    if not model.is_file():
+        raise ModelError(f"{model}: no such file")
+    try:
+        return read_proto(model)
+    except ModelError:
+        if model.suffix.lower() == ".onnx":
+            raise
+        return None
 
 
 def side_by_side(panes: Sequence[tuple[str, str]], changes: Sequence[NodeChange] | None) -> str:

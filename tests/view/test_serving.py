@@ -121,6 +121,23 @@ def test_a_missing_file_and_a_taken_port_are_named(tmp_path):
                 Viewer(models, port=port)
 
 
+def test_a_damaged_model_is_named_and_another_format_is_netrons(tmp_path):
+    (tmp_path / "cut.onnx").write_bytes(model_path("digits").read_bytes()[:5000])
+    (tmp_path / "net.cfg").write_text("[net]")
+    whole = model_path("digits")
+    for models in (
+        [tmp_path / "cut.onnx"],
+        [whole, tmp_path / "cut.onnx"],
+        [tmp_path / "cut.onnx", tmp_path / "net.cfg"],
+    ):
+        with pytest.raises(ModelError, match=r"cut\.onnx is not an ONNX model, or it is damaged"):
+            Viewer(models)
+    with Viewer([tmp_path / "net.cfg"]) as viewer:
+        assert read(viewer.url + "data/net.cfg") == b"[net]"
+    with Viewer([whole, tmp_path / "net.cfg"]) as viewer:
+        assert viewer.changes is None
+
+
 def test_the_page_is_complete_and_names_stay_text():
     change = NodeChange("new", "</script><b>", "y", "Conv", "{{title}}")
     page = side_by_side([("a", "0/"), ("b", "1/")], [change])
