@@ -6,7 +6,7 @@ network. Re-estimating them on a few hundred samples repairs most of that by its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from onnxcompress.graph import is_op
 from onnxcompress.train.torch_graph import TorchGraph
 
 Feeds = Mapping[str, Tensor]
+Statistics = tuple[str, str]  # names of a running mean and variance
+SEQUENTIAL_BELOW = 16  # samples: a batch of fewer says too little to normalize with
 
 
 @dataclass
@@ -59,34 +61,65 @@ def reestimate_batchnorm(
     Raises:
         DataError: There is no batch, or a statistic is NaN or infinite.
     """
-    inputs = {
-        str(node.name or node.outputs[0].name): str(node.inputs[0].name)
-        for graph in twin.graph.walk()
-        for node in graph.nodes
-        if is_op(node, "BatchNormalization")
-    }
-    nodes = [norm for norm in twin.batch_normalizations if norm.mean and norm.variance]
-    # Nodes that share their statistics pool what they see.
-    readers: dict[tuple[str, str], list[str]] = {}
-    for norm in nodes:
-        readers.setdefault((norm.mean, norm.variance), []).append(inputs[norm.node])
+    readers = running_statistics(twin)
     give = batches if callable(batches) else lambda: batches
     was_training = twin.training
     try:
         with torch.no_grad():
             for part in [{pair: names} for pair, names in readers.items()] if sequential else [readers]:
                 twin.train(not sequential)
-                _pass(twin, give(), part)
+                wanted = list(dict.fromkeys(name for names in part.values() for name in names))
+                set_statistics(twin, part, (twin(feeds, wanted) for feeds in give()))
     finally:
         twin.train(was_training)
-    return [norm.node for norm in nodes]
+    return [norm.node for norm in twin.batch_normalizations if norm.mean and norm.variance]
 
 
-def _pass(twin: TorchGraph, batches: Iterable[Feeds], readers: Mapping[tuple[str, str], list[str]]) -> None:
+def settle_statistics(twin: TorchGraph, calibration: Sequence[Feeds]) -> None:
+    """Estimate BatchNormalization anew, where there is any; in the way that goes with the size of the batches."""
+    if running_statistics(twin):
+        reestimate_batchnorm(twin, lambda: calibration, sequential=is_sequential(calibration))
+
+
+def is_sequential(calibration: Sequence[Feeds]) -> bool:
+    """Whether batches are too small to normalize with, so that each BatchNormalization needs a pass of its own."""
+    smallest = min(len(value) if value.dim() else 1 for feeds in calibration for value in feeds.values())
+    return smallest < SEQUENTIAL_BELOW
+
+
+def running_statistics(twin: TorchGraph) -> dict[Statistics, list[str]]:
+    """What each pair of running statistics is of: the tensors that BatchNormalization reads, in order of execution.
+
+    Nodes that share their statistics pool what they see.
+    """
+    inputs = {
+        str(node.name or node.outputs[0].name): str(node.inputs[0].name)
+        for graph in twin.graph.walk()
+        for node in graph.nodes
+        if is_op(node, "BatchNormalization")
+    }
+    readers: dict[Statistics, list[str]] = {}
+    for norm in twin.batch_normalizations:
+        if norm.mean and norm.variance:
+            readers.setdefault((norm.mean, norm.variance), []).append(inputs[norm.node])
+    return readers
+
+
+def set_statistics(
+    twin: TorchGraph, readers: Mapping[Statistics, Sequence[str]], passing: Iterable[Mapping[str, Tensor]]
+) -> None:
+    """Set running statistics to those of the tensors that pass.
+
+    Args:
+        twin: Its buffers are changed once all has passed.
+        readers: Of ``running_statistics``.
+        passing: By batch what the readers name.
+
+    Raises:
+        DataError: There is no batch, or a statistic is NaN or infinite.
+    """
     moments = {pair: _Moments() for pair in readers}
-    wanted = list(dict.fromkeys(name for names in readers.values() for name in names))
-    for feeds in batches:
-        found = twin(feeds, wanted)
+    for found in passing:
         for pair, names in readers.items():
             for name in names:
                 moments[pair].add(found[name])

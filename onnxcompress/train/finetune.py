@@ -28,7 +28,7 @@ from onnxcompress.model_io import StagedFile, load
 from onnxcompress.optimizer import check_target
 from onnxcompress.runtime import REFERENCE, Runtime
 from onnxcompress.train.batches import Augment, Batches
-from onnxcompress.train.batchnorm import reestimate_batchnorm
+from onnxcompress.train.batchnorm import SEQUENTIAL_BELOW, reestimate_batchnorm
 from onnxcompress.train.checkpoint import Checkpoint, digest
 from onnxcompress.train.loop import Evaluation, Progress, TrainResult, train
 from onnxcompress.train.parallel import World, joined
@@ -42,7 +42,6 @@ from onnxcompress.validation.signature import interface_differences
 
 logger = logging.getLogger(__name__)
 
-_SEQUENTIAL_BELOW = 16  # samples: a batch of fewer says too little to normalize with
 _RUNTIME_TIMEOUT_S = 300.0
 # What has no say in the weights, or is said otherwise in a run's identity.
 _NO_IDENTITY = {"checkpoint_every", "device", "precision"}
@@ -268,7 +267,7 @@ class _Job:
         reestimate_batchnorm(
             twin,
             lambda: (batch.feeds for batch in batches.ordered(size)),
-            sequential=min(size, batches.dataset.batch or size) < _SEQUENTIAL_BELOW,
+            sequential=min(size, batches.dataset.batch or size) < SEQUENTIAL_BELOW,
         )
 
     def _train(

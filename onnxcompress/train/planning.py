@@ -107,15 +107,19 @@ class Planner:
         for tensor, name in names.items():
             self.by_name.setdefault(name, tensor)
 
-    def slot(self, name: str) -> int:
-        """The slot of a tensor.
+    def find(self, name: str) -> GraphTensor:
+        """A tensor of the graph, or one that the twin holds.
 
         Raises:
             ModelError: The graph has no such tensor.
         """
         if name not in self.by_name:
             raise ModelError(f"the graph has no tensor {name!r}")
-        return self.slots[self.by_name[name]]
+        return self.by_name[name]
+
+    def slot(self, name: str) -> int:
+        """The slot of a tensor; raises as ``find``."""
+        return self.slots[self.find(name)]
 
     def plan(
         self, feeds: Sequence[str], outputs: Sequence[str], held: Mapping[str, Tensor], edits: Mapping[str, Edit]
@@ -160,7 +164,7 @@ class _Work:
     def begin(self, wanted: Sequence[GraphTensor], nodes: Sequence[Node]) -> None:
         """Learn what is there before the first step."""
         self.kept = {*self.fed, *wanted}
-        self.read = {tensor for node in nodes for tensor in _reads(node)} | set(wanted)
+        self.read = {tensor for node in nodes for tensor in reads_of(node)} | set(wanted)
         for tensor in self.read:
             name = self.names.get(tensor)
             if tensor in self.fed or tensor.name == "":
@@ -186,13 +190,13 @@ class _Work:
         place = {node: number for number, node in enumerate(nodes)}
         last: dict[GraphTensor, int] = {}
         for node in nodes:
-            for tensor in _reads(node):
+            for tensor in reads_of(node):
                 last[tensor] = max(last.get(tensor, 0), place[into.get(node, node)])
         for number, node in enumerate(nodes):
             step = None if node in into else self._fused(fusions[node]) if node in fusions else self._step(node)
             if step is None:
                 continue
-            read = [tensor for one in (node, *_inner(fusions.get(node))) for tensor in (*_reads(one), *one.outputs)]
+            read = [tensor for one in (node, *_inner(fusions.get(node))) for tensor in (*reads_of(one), *one.outputs)]
             dying = [
                 self.slots[tensor]
                 for tensor in dict.fromkeys(read)
@@ -305,7 +309,7 @@ class _Work:
         steps: list[Step] = []
         self.kept.update(body.outputs)
         inner = needed_nodes(body, body.outputs, {*self.fed, *self.names})
-        self.read.update(tensor for one in inner for tensor in _reads(one))
+        self.read.update(tensor for one in inner for tensor in reads_of(one))
         self.sequence(body, inner, steps, [])
         pairs = [(self._slot(a), self._target(b)) for a, b in zip(body.outputs, node.outputs, strict=True)]
 
@@ -350,7 +354,7 @@ def needed_nodes(graph: Graph, wanted: Iterable[GraphTensor], stop: set[GraphTen
             elif node not in begun:
                 begun.add(node)
                 pending.append((node, True))
-                pending += [(one, False) for read in _reads(node) for one in producer(read)]
+                pending += [(one, False) for read in reads_of(node) for one in producer(read)]
     place = {node: number for number, node in enumerate(graph.nodes)}
     in_file_order = sorted(order, key=place.__getitem__)
     return in_file_order if _is_sorted(in_file_order) else order
@@ -361,12 +365,12 @@ def _is_sorted(nodes: Sequence[Node]) -> bool:
     return all(
         place.get(tensor.inputs[0], -1) < number
         for number, node in enumerate(nodes)
-        for tensor in _reads(node)
+        for tensor in reads_of(node)
         if tensor.inputs
     )
 
 
-def _reads(node: Node) -> list[GraphTensor]:
+def reads_of(node: Node) -> list[GraphTensor]:
     """What a node reads: its inputs, and what the graphs nested in it take from outside or hold."""
     found: list[GraphTensor] = [tensor for tensor in node.inputs if tensor.name]
     for body in bodies(node):

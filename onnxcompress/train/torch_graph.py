@@ -123,6 +123,14 @@ class TorchGraph(nn.Module):
         self._edits[tensor] = function
         self._plans.clear()
 
+    def find(self, name: str) -> GraphTensor:
+        """A tensor of the graph, or an initializer, by its name.
+
+        Raises:
+            ModelError: The graph has no such tensor.
+        """
+        return self._planner.find(name)
+
     def unedit(self, tensor: str) -> None:
         """Take an edit back."""
         del self._edits[tensor]

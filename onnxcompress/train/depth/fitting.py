@@ -16,7 +16,7 @@ For a search each block is fitted alone, and the supernet mixes its weights by l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from onnxcompress.graph import Graph, Node, is_constant, is_op, rank
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.batchnorm import Feeds
+from onnxcompress.train.cached_runs import CachedRuns
 from onnxcompress.train.depth.blocks import Block, find_blocks, locate, without_overlaps
 from onnxcompress.train.depth.edits import Mixer, centre, rewire
 from onnxcompress.train.depth.kinds import is_pointwise
@@ -33,7 +34,6 @@ from onnxcompress.train.depth.preparation import copy_graph
 from onnxcompress.train.depth.steps import Step, read_branch
 from onnxcompress.train.depth.supernet import Supernet
 from onnxcompress.train.depth.training import Lambdas
-from onnxcompress.train.losses import Executor
 from onnxcompress.train.torch_graph import BatchNormNames, TorchGraph
 
 RIDGE = 1e-3
@@ -85,7 +85,7 @@ def fit_blocks(
     calibration: Sequence[Feeds],
     *,
     lambdas: Lambdas,
-    settle: Callable[[TorchGraph], None],
+    settle: bool = True,
 ) -> list[BlockFit]:
     """Fit the blocks of a supernet's twin, in order of execution; all are pruned in the end.
 
@@ -98,40 +98,55 @@ def fit_blocks(
         original: Runs the original graph.
         calibration: Feeds.
         lambdas: Of the twin.
-        settle: Estimates BatchNormalization of a twin anew.
+        settle: Whether BatchNormalization is estimated anew, in front of each fit and in the end.
 
     Returns:
         Of the blocks that were pruned, and of all else behind them that was fitted.
     """
-    twin.eval()
+    runs = CachedRuns(twin.eval(), calibration, settle=settle)
+    original_runs = CachedRuns(original, calibration)
+    parts = _parts(supernet)
+    first = min((i for i, part in enumerate(parts) if part.block in supernet.lambdas), default=len(parts))
+    places = [_place(twin, part) for part in parts]
     fits: list[BlockFit] = []
     pruned: list[str] = []
-    for part in _parts(supernet):
+    for index, (part, place) in enumerate(zip(parts, places, strict=True)):
+        if index < first:
+            continue
         if part.block in supernet.lambdas:
             pruned.append(part.block)
             lambdas.prune(pruned)
-        if not pruned:
-            continue
-        settle(twin)
-        fit, _ = _fit_part(twin, part, original, calibration)
+        if isinstance(place, str):
+            fit = BlockFit(part.block, math.nan, math.nan, place)
+        else:
+            later = [name for block, name in supernet.lambdas.items() if block not in pruned]
+            runs.keep([*later, *_fitted_names(places[index:])])
+            original_runs.keep([other.wanted for other in places[index:] if isinstance(other, _Place)])
+            fit = _fit(part.block, runs, original_runs, place)
         if part.block in supernet.lambdas or not fit.reason:
             fits.append(fit)
-    settle(twin)
+    runs.settle()
     return fits
 
 
-def fit_outputs(twin: TorchGraph, original: Executor, calibration: Sequence[Feeds]) -> list[BlockFit]:
+def fit_outputs(runs: CachedRuns, original: CachedRuns) -> list[BlockFit]:
     """Fit the last linear operator in front of each output to what another network gives there.
 
     Args:
-        twin: Its numbers are changed.
-        original: Gives tensors by name; has outputs of the same names and shapes.
-        calibration: Feeds.
+        runs: Of the twin whose numbers are changed; what they do not change is kept.
+        original: Has outputs of the same names and shapes, and runs on the same samples.
     """
-    twin.eval()
-    graph = twin.graph
-    parts = [_Part(str(out.name), read_branch(graph, out, None).steps, str(out.name)) for out in graph.outputs]
-    return [_fit_part(twin, part, original, calibration)[0] for part in parts]
+    places = _output_places(runs.network)
+    runs.keep(_fitted_names(places.values()))
+    return [
+        BlockFit(name, math.nan, math.nan, place) if isinstance(place, str) else _fit(name, runs, original, place)
+        for name, place in places.items()
+    ]
+
+
+def fitted_at_outputs(twin: TorchGraph) -> list[str]:
+    """The initializers that ``fit_outputs`` changes."""
+    return _fitted_names(_output_places(twin).values())
 
 
 def fit_supernet(
@@ -139,7 +154,7 @@ def fit_supernet(
     original: TorchGraph,
     calibration: Sequence[Feeds],
     *,
-    settle: Callable[[TorchGraph], None],
+    settle: bool = True,
     device: torch.device | None = None,
 ) -> tuple[Supernet, list[BlockFit]]:
     """A supernet whose pruned flows have fitted weights of their own: (1 - l) * W + l * W'.
@@ -148,7 +163,7 @@ def fit_supernet(
         supernet: With shared weights; not changed.
         original: Runs the original graph, on ``device``.
         calibration: Feeds, on ``device``.
-        settle: Estimates BatchNormalization of a twin anew.
+        settle: Whether BatchNormalization is estimated anew in front of each fit.
         device: Where to compute.
     """
     twin = TorchGraph(supernet.graph).to(device or torch.device("cpu")).eval()
@@ -156,16 +171,23 @@ def fit_supernet(
     start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
     graph = copy_graph(supernet.graph)
     fits = []
-    for block in supernet.blocks:
+    runs, original_runs = CachedRuns(twin, calibration, settle=settle), CachedRuns(original, calibration)
+    places = [_place(twin, _part(supernet.original, block)) for block in supernet.blocks]
+    for index, (block, place) in enumerate(zip(supernet.blocks, places, strict=True)):
+        if isinstance(place, str):
+            fits.append(BlockFit(block.name, math.nan, math.nan, place))
+            continue
+        lambdas.prune([])
+        later = [supernet.lambdas[other.name] for other in supernet.blocks[index:]]
+        runs.keep([*later, *_fitted_names(places[index:])])
+        original_runs.keep([other.wanted for other in places[index:] if isinstance(other, _Place)])
         lambdas.prune([block.name])
-        settle(twin)
-        settled = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
-        fit, place = _fit_part(twin, _part(supernet.original, block), original, calibration)
+        fit = _fit(block.name, runs, original_runs, place)
         fits.append(fit)
-        if place is not None and not fit.reason:
+        if not fit.reason:
             names = {place.weight, *([place.norm.scale, place.norm.bias] if place.norm else [place.bias])} - {""}
             held = twin.state_dict()
-            _mix(graph, supernet.lambdas[block.name], {n: held[n].cpu() for n in names if n in settled})
+            _mix(graph, supernet.lambdas[block.name], {name: held[name].cpu() for name in names})
         twin.load_state_dict(start)
     graph.sort()
     infer_shapes(graph)
@@ -183,16 +205,6 @@ def _mix(graph: Graph, lambda_name: str, fitted: Mapping[str, Tensor]) -> None:
         other = graph.new_constant(f"{name}.fitted", fitted[name].numpy().astype(own.dtype))
         mixed = Mixer(base, pruned).mix(graph, own, other, before=readers[0], name=f"{name}.fitted")
         rewire(readers, own, mixed)
-
-
-def _fit_part(
-    twin: TorchGraph, part: _Part, original: Executor, calibration: Sequence[Feeds]
-) -> tuple[BlockFit, _Place | None]:
-    place = _place(twin, part)
-    if isinstance(place, str):
-        return BlockFit(part.block, math.nan, math.nan, place), None
-    with torch.no_grad():
-        return _fit(part.block, twin, original, place, calibration), place
 
 
 # -- where -------------------------------------------------------------------------------------------------------------
@@ -301,6 +313,22 @@ def _place(twin: TorchGraph, part: _Part) -> _Place | str:
     )
 
 
+def _output_places(twin: TorchGraph) -> dict[str, _Place | str]:
+    graph = twin.graph
+    parts = [_Part(str(out.name), read_branch(graph, out, None).steps, str(out.name)) for out in graph.outputs]
+    return {part.block: _place(twin, part) for part in parts}
+
+
+def _fitted_names(places: Iterable[_Place | str]) -> list[str]:
+    """The initializers that fits change."""
+    found: list[str] = []
+    for place in places:
+        if isinstance(place, _Place):
+            norm = place.norm
+            found += [place.weight, *([norm.scale, norm.bias, norm.mean, norm.variance] if norm else [place.bias])]
+    return [name for name in found if name]
+
+
 def _why_not_matrix(node: Node) -> str:
     if is_constant(node.inputs[0]):
         return "its last matrix stands on the left"
@@ -335,11 +363,13 @@ def _bias(twin: TorchGraph, node: Node, following: Sequence[Node]) -> str:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def _fit(name: str, twin: TorchGraph, original: Executor, place: _Place, calibration: Sequence[Feeds]) -> BlockFit:
+@torch.no_grad()
+def _fit(name: str, runs: CachedRuns, original: CachedRuns, place: _Place) -> BlockFit:
+    twin = runs.network
     sums, slope = _Sums(), torch.empty(0)
-    for feeds in calibration:
-        found = twin(feeds, [place.reads, place.makes, place.branch, *([place.skip] if place.skip else [])])
-        wanted = original(feeds, [place.wanted])[place.wanted]
+    runs.settle([place.branch])
+    read = [place.reads, place.makes, place.branch, *([place.skip] if place.skip else [])]
+    for found, (wanted,) in zip(runs(read), (each.values() for each in original([place.wanted])), strict=True):
         slope = slope if slope.numel() else _slope(twin, place, found[place.makes], found[place.branch])
         missing = wanted - found[place.branch]
         if place.skip:

@@ -21,7 +21,7 @@ from onnxcompress.optimizer import check_target
 from onnxcompress.runtime import Runtime
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.batches import Augment, Batches
-from onnxcompress.train.batchnorm import Feeds
+from onnxcompress.train.batchnorm import Feeds, settle_statistics
 from onnxcompress.train.checkpoint import digest
 from onnxcompress.train.depth.blocks import Block
 from onnxcompress.train.depth.offers import choose_blocks, with_deletions
@@ -29,7 +29,6 @@ from onnxcompress.train.depth.options import DepthOptions
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.scoring import Judge, SubnetScorer
 from onnxcompress.train.depth.supernet import Supernet, build_supernet
-from onnxcompress.train.depth.training import settle_statistics
 from onnxcompress.train.supervision import Supervision, Teacher, make_teacher, supervise
 from onnxcompress.train.torch_graph import TorchGraph
 from onnxcompress.validation.equivalence import for_runtime, read_model

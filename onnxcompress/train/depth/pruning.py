@@ -206,9 +206,7 @@ class _Job:
         if "supernet" in options.stages and options.supernet == "fitted":
             self.given.say("fitting the supernet")
             given = self.given
-            supernet, _ = fit_supernet(
-                supernet, given.original(), given.calibration, settle=given.settle, device=given.device
-            )
+            supernet, _ = fit_supernet(supernet, given.original(), given.calibration, device=given.device)
             twin = TorchGraph(supernet.graph)
         supervision = self.given.supervise(twin)
         if "supernet" in options.stages and options.supernet == "trained":
@@ -303,7 +301,7 @@ class _Job:
             twin = TorchGraph(supernet.graph)
             lambdas = Lambdas(twin, supernet.lambdas)
             twin.to(given.device)
-            fit_blocks(twin, supernet, original, given.calibration, lambdas=lambdas, settle=given.settle)
+            fit_blocks(twin, supernet, original, given.calibration, lambdas=lambdas)
             report({bits: judge.score(twin, given.validation)})
 
     def _train_supernet(
@@ -384,7 +382,7 @@ class _Job:
         given, options = self.given, self.given.options
         if options.start == "fitted":
             given.say("fitting the pruned blocks")
-            return fit_blocks(twin, supernet, given.original(), given.calibration, lambdas=lambdas, settle=given.settle)
+            return fit_blocks(twin, supernet, given.original(), given.calibration, lambdas=lambdas)
         if "train" not in options.stages:
             given.say("estimating BatchNormalization")
             lambdas.set_all(1.0)

@@ -17,8 +17,8 @@ import torch
 from onnxcompress.codebook.workers import Workers
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.train.batches import Batch
-from onnxcompress.train.batchnorm import Feeds
-from onnxcompress.train.depth.training import Lambdas, settle_statistics
+from onnxcompress.train.batchnorm import Feeds, settle_statistics
+from onnxcompress.train.depth.training import Lambdas
 from onnxcompress.train.supervision import predict
 from onnxcompress.train.torch_graph import TorchGraph
 from onnxcompress.validation.metrics import Metric

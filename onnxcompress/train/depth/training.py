@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from onnxcompress.errors import RecipeError
 from onnxcompress.train.batches import Batch
-from onnxcompress.train.batchnorm import Feeds, reestimate_batchnorm
+from onnxcompress.train.batchnorm import Feeds, settle_statistics
 from onnxcompress.train.checkpoint import Checkpoint
 from onnxcompress.train.loop import Evaluation, Progress, StepBatches, TrainResult, train
 from onnxcompress.train.losses import Objective
@@ -29,7 +29,6 @@ from onnxcompress.train.settings import TrainSettings
 from onnxcompress.train.torch_graph import TorchGraph
 
 SHAPES = ("linear", "cosine")
-SEQUENTIAL_BELOW = 16  # samples: a batch of fewer says too little to normalize with
 
 
 @dataclass(frozen=True)
@@ -192,14 +191,6 @@ def train_progressively(
     )
     lambdas.set_all(1.0)
     return result
-
-
-def settle_statistics(twin: TorchGraph, calibration: Sequence[Feeds]) -> None:
-    """Estimate BatchNormalization anew, where there is any."""
-    if not any(norm.mean and norm.variance for norm in twin.batch_normalizations):
-        return
-    smallest = min(len(value) if value.dim() else 1 for feeds in calibration for value in feeds.values())
-    reestimate_batchnorm(twin, lambda: calibration, sequential=smallest < SEQUENTIAL_BELOW)
 
 
 def settled(evaluation: Evaluation, calibration: Sequence[Feeds]) -> Evaluation:

@@ -22,10 +22,10 @@ from onnxcompress.model_io import load
 from onnxcompress.runtime import Runtime
 from onnxcompress.shapes import infer_shapes
 from onnxcompress.train.batches import Augment, Batches
-from onnxcompress.train.batchnorm import Feeds
+from onnxcompress.train.batchnorm import Feeds, settle_statistics
+from onnxcompress.train.cached_runs import CachedRuns
 from onnxcompress.train.depth.given import RUNTIME_TIMEOUT_S, file_digest
 from onnxcompress.train.depth.preparation import prepare as prepare_blocks
-from onnxcompress.train.depth.training import settle_statistics
 from onnxcompress.train.scale.options import ScaleOptions
 from onnxcompress.train.supervision import Supervision, Teacher, Wishes, make_teacher, supervise
 from onnxcompress.train.torch_graph import TorchGraph
@@ -78,6 +78,13 @@ class Given:
     def original(self) -> TorchGraph:
         """The prepared graph, without gradients, where things are computed."""
         return TorchGraph(self.graph, trainable=lambda name: False).to(self.device)
+
+    @functools.cached_property
+    def original_runs(self) -> CachedRuns:
+        """Of the original on the samples for fits; all but what makes the outputs runs once."""
+        runs = CachedRuns(self.original, self.calibration)
+        runs.keep(self.original.output_names)
+        return runs
 
     # -- the samples ---------------------------------------------------------------------------------------------------
 

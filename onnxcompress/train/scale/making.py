@@ -22,6 +22,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph import Constant, Graph
 from onnxcompress.model_io import load, to_proto
 from onnxcompress.shapes import infer_shapes
+from onnxcompress.train.cached_runs import CachedRuns
 from onnxcompress.train.checkpoint import Checkpoint
 from onnxcompress.train.depth.blocks import after_deletions
 from onnxcompress.train.depth.fitting import fit_blocks, fit_outputs
@@ -84,9 +85,9 @@ def prune(given: Given, ladders: Ladders, target: Levels, *, held: Graph | None 
     if target[2]:
         scale(graph, ladders.pixels[target[2]] / ladders.pixels[0])
     twin = TorchGraph(graph).to(given.device)
-    given.settle(twin)
-    fit_outputs(twin, given.original, given.calibration)
-    given.settle(twin)
+    runs = CachedRuns(twin, given.calibration, settle=True)
+    fit_outputs(runs, given.original_runs)
+    runs.settle()
     twin.to("cpu").write_back(graph)
     return graph
 
@@ -110,7 +111,7 @@ def _delete(given: Given, graph: Graph, ladders: Ladders, start: int, end: int) 
     twin = TorchGraph(supernet.graph).to(given.device)
     lambdas = Lambdas(twin, supernet.lambdas)
     before = TorchGraph(graph, trainable=lambda name: False).to(given.device)
-    fit_blocks(twin, supernet, before, given.calibration, lambdas=lambdas, settle=given.settle)
+    fit_blocks(twin, supernet, before, given.calibration, lambdas=lambdas)
     pruned = build_pruned(supernet, blocks, [block.name for block in blocks])
     twin.to("cpu").write_back(pruned)
     return pruned

@@ -13,21 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from onnxcompress.cost import count
 from onnxcompress.errors import DataError, RecipeError
 from onnxcompress.graph import Graph
-from onnxcompress.train.batches import Batch
-from onnxcompress.train.batchnorm import Feeds
+from onnxcompress.train.cached_runs import CachedRuns
 from onnxcompress.train.depth.blocks import Block, find_blocks, without_overlaps
-from onnxcompress.train.depth.fitting import fit_outputs
+from onnxcompress.train.depth.fitting import fit_outputs, fitted_at_outputs
 from onnxcompress.train.depth.supernet import build_supernet
 from onnxcompress.train.depth.training import Lambdas
+from onnxcompress.train.scale.axes import in_order
 from onnxcompress.train.scale.given import Given
-from onnxcompress.train.supervision import predict
 from onnxcompress.train.torch_graph import TorchGraph
 
 logger = logging.getLogger(__name__)
@@ -94,15 +91,20 @@ def _by_fits(given: Given, blocks: Sequence[Block], needed: int, say: Callable[[
     twin = TorchGraph(supernet.graph).to(given.device).eval()
     lambdas = Lambdas(twin, supernet.lambdas)
     start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
-    original = _Once(given.original)
     order: list[Block] = []
     left, error = list(blocks), 0.0
     while left and len(order) < needed:
         errors = {}
-        for number, block in enumerate(left, 1):
-            say(f"block {len(order) + 1} of {needed} to go: {number} of {len(left)} tried")
-            lambdas.prune([other.name for other in (*order, block)])
-            errors[block.name] = _error(given, twin, original)
+        gone = [block.name for block in order]
+        runs = CachedRuns(twin, given.calibration, settle=True)
+        ahead = in_order(given.graph, left)
+        for index, block in enumerate(ahead):
+            say(f"block {len(order) + 1} of {needed} to go: {index + 1} of {len(left)} tried")
+            lambdas.prune(gone)
+            later = [supernet.lambdas[other.name] for other in ahead[index:]]
+            runs.keep([*later, *fitted_at_outputs(twin)])  # tries share what is in front of their block
+            lambdas.prune([*gone, block.name])
+            errors[block.name] = _error(runs.fork(), given.original_runs)
             twin.load_state_dict(start)
         left.sort(key=lambda block: (errors[block.name] - error) / max(block.macs, 1))
         if len(blocks) > GREEDY_BLOCKS:
@@ -114,29 +116,14 @@ def _by_fits(given: Given, blocks: Sequence[Block], needed: int, say: Callable[[
     return order
 
 
-class _Once:
-    """A network that runs once for each feeds and names; for outputs, which are small."""
-
-    def __init__(self, network: TorchGraph) -> None:
-        self.network = network
-        self._known: dict[tuple[int, tuple[str, ...] | None], dict[str, Tensor]] = {}
-
-    def __call__(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
-        key = id(feeds), None if outputs is None else tuple(outputs)  # the feeds of a run stay where they are
-        if key not in self._known:
-            with torch.no_grad():
-                self._known[key] = self.network(feeds, outputs)
-        return self._known[key]
-
-
-def _error(given: Given, twin: TorchGraph, original: _Once) -> float:
-    """Relative squared error of the outputs once statistics and the last linear operators have made up for it."""
-    given.settle(twin)
+def _error(runs: CachedRuns, original: CachedRuns) -> float:
+    """Relative squared error of the outputs once the last linear operators have made up for it."""
     errors = []
-    for fit in fit_outputs(twin, original, given.calibration):
+    for fit in fit_outputs(runs, original):
         if math.isfinite(fit.after):
             errors.append(fit.after**2)
             continue
-        found, wanted = (predict(net, map(Batch, given.calibration), fit.name) for net in (twin, original))
-        errors.append(float(np.mean((found - wanted) ** 2) / max(np.var(wanted), 1e-30)))
-    return float(np.mean(errors))
+        runs.settle([fit.name])
+        found, wanted = (torch.cat([one[fit.name].flatten() for one in of([fit.name])]) for of in (runs, original))
+        errors.append(float((found - wanted).square().mean() / wanted.var(correction=0).clamp(min=1e-30)))
+    return sum(errors) / len(errors)

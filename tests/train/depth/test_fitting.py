@@ -14,11 +14,12 @@ from onnxcompress import models
 from onnxcompress.data import InputSpec, load_data
 from onnxcompress.model_io import load
 from onnxcompress.testing import model
+from onnxcompress.train.batchnorm import settle_statistics
 from onnxcompress.train.depth.blocks import find_blocks, without_overlaps
 from onnxcompress.train.depth.fitting import fit_blocks, fit_supernet
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.supernet import Supernet, build_supernet
-from onnxcompress.train.depth.training import Lambdas, settle_statistics
+from onnxcompress.train.depth.training import Lambdas
 from onnxcompress.train.torch_graph import TorchGraph
 
 pytest.importorskip("sklearn")
@@ -52,10 +53,6 @@ def supernet_of(kind: str) -> Supernet:
     graph = prepare(load(FOLDER / f"{name}_digits.onnx"))
     blocks = without_overlaps(find_blocks(graph)[0], prefer=(prefer,) if prefer != "basic" else ())
     return build_supernet(graph, [block for block in blocks if block.kind == kind])
-
-
-def settling(calibration):
-    return lambda twin: settle_statistics(twin, calibration)
 
 
 def original_of(supernet: Supernet) -> TorchGraph:
@@ -114,7 +111,7 @@ def test_a_fit_is_the_best_there_is_and_says_how_good(kind, calibration):
     names = [name for name, _ in twin.named_parameters()]
     steep = gradient(twin, supernet, block, calibration)
 
-    fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=lambda twin: None)
+    fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=False)
     # Statistics were settled before the fit alone, so that the error is that of the numbers that were fitted.
     fit = fits[0]
     assert not fit.reason and fit.name == block.name
@@ -143,7 +140,7 @@ def test_fitted_networks_are_better_than_settled_ones(kind, calibration):
     settle_statistics(twin, calibration)
     settled = accuracy(twin)
     twin, lambdas = pruned_twin(supernet)
-    fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=settling(calibration))
+    fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas)
     names = [block.name for block in supernet.blocks]
     assert [fit.name for fit in fits if fit.name in names] == names and not any(fit.reason for fit in fits)
     assert fits[-1].name == "logits"
@@ -156,7 +153,7 @@ def test_the_batchnormalization_behind_a_fit_holds_the_statistics_of_what_it_rea
     supernet = supernet_of("inverted-residual")
     supernet = build_supernet(supernet.original, supernet.blocks[:1])
     twin, lambdas = pruned_twin(supernet)
-    fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=lambda twin: None)
+    fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=False)
     norm = [norm for norm in twin.batch_normalizations if norm.node in supernet.blocks[0].nodes][-1]
     source = next(str(n.inputs[0].name) for n in supernet.graph.nodes if n.name == norm.node)
     with torch.no_grad():
@@ -171,7 +168,7 @@ def test_a_fitted_supernet_is_the_original_at_0_and_fitted_at_1(calibration):
         supernet = supernet_of(kind)
         supernet = build_supernet(supernet.original, supernet.blocks[:1])
         original = original_of(supernet)
-        mixed, fits = fit_supernet(supernet, original, calibration, settle=settling(calibration))
+        mixed, fits = fit_supernet(supernet, original, calibration)
         assert not any(fit.reason for fit in fits)
         both, lambdas = pruned_twin(mixed)
         feed, end = calibration[0], supernet.blocks[0].output
@@ -179,7 +176,7 @@ def test_a_fitted_supernet_is_the_original_at_0_and_fitted_at_1(calibration):
             expected = original(feed)["logits"]
             assert (both(feed)["logits"] - expected).abs().max() / expected.abs().max() < 1e-5  # measured 5e-7
             twin, ones = pruned_twin(supernet)
-            fit_blocks(twin, supernet, original, calibration, lambdas=ones, settle=settling(calibration))
+            fit_blocks(twin, supernet, original, calibration, lambdas=ones)
             lambdas.set_all(1.0)
             settle_statistics(both, calibration)
             wanted, found = (one(feed, [end])[end] for one in (twin, both))
@@ -212,7 +209,7 @@ def test_what_cannot_be_fitted_says_why_and_stays(text, reason):
     feeds = [{"x": torch.from_numpy(rng.normal(size=(16, 4, 6, 6)).astype(np.float32))} for _ in range(4)]
     twin, lambdas = pruned_twin(supernet)
     start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
-    fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas, settle=settling(feeds))
+    fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas)
     assert fits[0].reason == reason
     assert all(torch.equal(tensor, start[name]) for name, tensor in twin.state_dict().items()) == bool(reason)
 
@@ -230,7 +227,7 @@ def test_a_kept_block_with_auto_pad_is_fitted():
     supernet = build_supernet(graph, blocks[:1])
     feeds = [{"x": torch.from_numpy(rng.normal(size=(16, 4, 6, 6)).astype(np.float32))} for _ in range(4)]
     twin, lambdas = pruned_twin(supernet)
-    fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas, settle=settling(feeds))
+    fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas)
     assert len(fits) == 2 and all(fit.after < 0.9 * fit.before and not fit.reason for fit in fits)
 
 
@@ -239,9 +236,7 @@ def test_a_deleted_block_has_nothing_to_fit(calibration):
     block = next(block for block in find_blocks(graph)[0] if block.deletable)
     supernet = build_supernet(graph, [replace(block, kind="residual")])
     twin, lambdas = pruned_twin(supernet)
-    first, *others = fit_blocks(
-        twin, supernet, original_of(supernet), calibration, lambdas=lambdas, settle=settling(calibration)
-    )
+    first, *others = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas)
     assert first.reason == "nothing is left of it" and lambdas.values == {block.name: 1.0}
     # What follows makes up for it: blocks that stay as they are, and the classifier.
     assert len(others) == 9 and all(fit.after < fit.before and not fit.reason for fit in others)

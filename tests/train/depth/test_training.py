@@ -14,6 +14,7 @@ from onnxcompress.errors import RecipeError
 from onnxcompress.model_io import load
 from onnxcompress.testing import model
 from onnxcompress.train.batches import Batches
+from onnxcompress.train.batchnorm import settle_statistics
 from onnxcompress.train.depth.blocks import find_blocks, without_overlaps
 from onnxcompress.train.depth.preparation import prepare
 from onnxcompress.train.depth.scoring import Judge, SubnetScorer
@@ -22,7 +23,6 @@ from onnxcompress.train.depth.training import (
     Lambdas,
     Ramp,
     Sandwich,
-    settle_statistics,
     settled,
     train_progressively,
     train_supernet,
