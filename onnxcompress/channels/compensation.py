@@ -146,20 +146,25 @@ def _covariance(statistics: Statistics, group: int) -> np.ndarray:
     return np.asarray(statistics.gram[group] / statistics.rows - np.outer(mean, mean))
 
 
+def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(..., n): x M x' of each row x of (..., n, D), for M of (..., D, D)."""
+    return np.asarray(np.einsum("...nd,...nd->...n", rows @ matrix, rows))
+
+
 def _consumers(reader: Reader, statistics: Statistics, meter: DamageMeter | None, seed: int) -> list[_Consumer]:
     layer, matrix = reader.layer, reader.layer.matrix().astype(np.float64)
     assert reader.columns is not None
     per_group = layer.outputs // layer.groups
     blocks = [matrix[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
     covariances = [_covariance(statistics, g) for g in range(layer.groups)]
-    energy = sum(float(np.einsum("od,de,oe->", w, c, w)) for w, c in zip(blocks, covariances, strict=True))
+    energy = sum(float(_quadratic(w, c).sum()) for w, c in zip(blocks, covariances, strict=True))
     if energy <= 0:
         return []
     price = 1.0
     if meter is not None and meter.taps:
         noise = NOISE * matrix * np.random.default_rng(seed).normal(size=matrix.shape)
         parts = [noise[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
-        error = sum(float(np.einsum("od,de,oe->", w, c, w)) for w, c in zip(parts, covariances, strict=True))
+        error = sum(float(_quadratic(w, c).sum()) for w, c in zip(parts, covariances, strict=True))
         if error > 0:
             price = meter.measure([(layer, (matrix + noise).astype(np.float32), None)]) / (error / energy)
     return [_Consumer(w, c, reader.columns, price / energy) for w, c in zip(blocks, covariances, strict=True)]
@@ -173,7 +178,7 @@ def _add_energies(energies: np.ndarray, reader: Reader, statistics: Statistics) 
     matrix = reader.layer.matrix()
     own = np.concatenate(
         [
-            np.einsum("od,de,oe->o", w, _covariance(statistics, g), w)
+            _quadratic(w, _covariance(statistics, g))
             for g in range(reader.layer.groups)
             for w in [matrix[g * per_group : (g + 1) * per_group]]
         ]
@@ -214,7 +219,7 @@ class _Elimination:
     def __init__(self, consumer: _Consumer, group: Group) -> None:
         self.price = consumer.price
         self.weight = consumer.weight.copy()
-        self.columns = [np.flatnonzero((consumer.columns == atom).any(axis=1)) for atom in group.atoms]
+        self.columns = _columns_of(consumer, group)
         covariance = consumer.covariance
         self.exact = len(covariance) <= MAX_LENGTH
         if self.exact:
@@ -222,23 +227,33 @@ class _Elimination:
             self.inverse = np.linalg.inv(covariance + RIDGE * scale * np.eye(len(covariance)))
         else:
             self.inverse = covariance
-        self.gone = np.zeros(len(self.columns), bool)
+        self.gone = np.zeros(group.size, bool)
+        self._losses: np.ndarray | None = None
 
     def losses(self) -> np.ndarray:
         """(channels,) priced errors of removing each alone."""
-        found = np.zeros(len(self.columns))
-        for index, columns in enumerate(self.columns):
-            if self.gone[index] or not len(columns):
-                continue
-            weight, block = self.weight[:, columns], self.inverse[np.ix_(columns, columns)]
-            middle = np.linalg.solve(block, weight.T) if self.exact else block @ weight.T
-            found[index] = float(np.einsum("oc,co->", weight, middle))
-        return self.price * found
+        if self._losses is None:
+            self._losses = np.zeros(len(self.gone))
+            by_count: dict[int, list[int]] = {}
+            for index, columns in self.columns.items():
+                if not self.gone[index]:
+                    by_count.setdefault(len(columns), []).append(index)
+            for indices in by_count.values():
+                columns = np.stack([self.columns[index] for index in indices])  # (n, c)
+                weights = self.weight.T[columns]  # (n, c, outputs)
+                blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+                middle = np.linalg.solve(blocks, weights) if self.exact else blocks @ weights
+                self._losses[indices] = self.price * np.einsum("nco,nco->n", weights, middle)
+        return self._losses
 
     def remove(self, chosen: np.ndarray) -> None:
         self.gone[chosen] = True
-        columns = np.concatenate([self.columns[i] for i in chosen.tolist()])
-        if not self.exact or not len(columns):
+        touched = [self.columns[index] for index in chosen.tolist() if index in self.columns]
+        if not touched:
+            return
+        self._losses = None
+        columns = np.concatenate(touched)
+        if not self.exact:
             return
         block = self.inverse[np.ix_(columns, columns)]
         rows = np.linalg.solve(block, self.inverse[columns])
@@ -248,6 +263,16 @@ class _Elimination:
         self.weight[:, columns] = 0
         self.inverse[columns] = 0
         self.inverse[:, columns] = 0
+
+
+def _columns_of(consumer: _Consumer, group: Group) -> dict[int, np.ndarray]:
+    """By channel of the group the columns of the layer that read it; of those that are read."""
+    place = {atom: index for index, atom in enumerate(group.atoms)}
+    found: dict[int, list[int]] = {}
+    for column, atoms in enumerate(consumer.columns.tolist()):
+        for index in {place[atom] for atom in atoms if atom in place}:
+            found.setdefault(index, []).append(column)
+    return {index: np.array(columns) for index, columns in found.items()}
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
@@ -337,45 +362,47 @@ def _solve(
     dead: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None, Fit]:
     """Least squares, group by group of the convolution."""
-    per_group, rows = layer.outputs // layer.groups, statistics.rows
-    result = np.zeros_like(matrix)
-    live = np.ones(layer.outputs, bool) if dead is None else ~dead
-    before = after = power = 0.0
-    for g in range(layer.groups):
-        here = slice(g * per_group, (g + 1) * per_group)
-        weight = matrix[here]
-        own, mean = statistics.gram[g] / rows, statistics.mean[g]
-        cross = own if statistics.cross is None else statistics.cross[g] / rows
-        floats = own if statistics.float_gram is None else statistics.float_gram[g] / rows
-        float_mean = mean if statistics.float_mean is None else statistics.float_mean[g]
-        missing = np.zeros((len(mean), per_group))
-        missing_mean = np.zeros(per_group)
-        if statistics.skip is not None:
-            missing, missing_mean = statistics.skip.cross[g] / rows, statistics.skip.mean[g]
-        if bias is not None:
-            own = own - np.outer(mean, mean)
-            cross = cross - np.outer(mean, float_mean)
-            floats = floats - np.outer(float_mean, float_mean)
-            missing = missing - np.outer(mean, missing_mean)
-        wanted = weight @ cross.T + missing.T  # (outputs, D): what each input should give
-        some = own[np.ix_(kept, kept)]
-        ridge = RIDGE * max(float(np.trace(some)) / max(len(some), 1), 1e-30)
-        system = some + ridge * np.eye(len(some))
-        solved = np.linalg.solve(system, (wanted[:, kept] + ridge * weight[:, kept]).T).T
-        result[here.start : here.stop, kept] = solved
-        if bias is not None:
-            bias[here] += weight @ float_mean + missing_mean - result[here] @ mean
-        count = live[here]
-        power += float(np.einsum("od,de,oe->o", weight, floats, weight)[count].sum())
-        for number, made in enumerate((np.where(kept, weight, 0.0), result[here])):
-            error = np.einsum("od,de,oe->o", made, own, made) - 2 * np.einsum("od,od->o", made, wanted)
-            error += np.einsum("od,de,oe->o", weight, floats, weight)
-            if number:
-                after += float(error[count].sum())
-            else:
-                before += float(error[count].sum())
-    scale = max(power, 1e-30)
-    return result, bias, Fit(layer.name, max(before, 0.0) / scale, max(after, 0.0) / scale)
+    rows, shape = statistics.rows, (layer.groups, layer.outputs // layer.groups)
+    weight = matrix.reshape(*shape, -1)
+    own, mean = statistics.gram / rows, statistics.mean
+    cross = own if statistics.cross is None else statistics.cross / rows
+    floats = own if statistics.float_gram is None else statistics.float_gram / rows
+    float_mean = mean if statistics.float_mean is None else statistics.float_mean
+    missing, missing_mean = np.zeros((*mean.shape, shape[1])), np.zeros(shape)
+    if statistics.skip is not None:
+        missing, missing_mean = statistics.skip.cross / rows, statistics.skip.mean
+    if bias is not None:
+        own = own - _outer(mean, mean)
+        cross = cross - _outer(mean, float_mean)
+        floats = floats - _outer(float_mean, float_mean)
+        missing = missing - _outer(mean, missing_mean)
+    wanted = weight @ _turned(cross) + _turned(missing)  # (groups, outputs, D): what each input should give
+    some = own[:, kept][:, :, kept]
+    ridge = RIDGE * np.maximum(np.trace(some, axis1=1, axis2=2) / max(kept.sum(), 1), 1e-30)[:, None, None]
+    right = wanted[:, :, kept] + ridge * weight[:, :, kept]
+    result = np.zeros_like(weight)
+    result[:, :, kept] = _turned(np.linalg.solve(some + ridge * np.eye(int(kept.sum())), _turned(right)))
+    if bias is not None:
+        bias = bias + (np.einsum("god,gd->go", weight, float_mean) + missing_mean).ravel()
+        bias -= np.einsum("god,gd->go", result, mean).ravel()
+    live = np.ones(shape, bool) if dead is None else ~dead.reshape(shape)
+    power = _quadratic(weight, floats)
+    errors = [
+        float((_quadratic(made, own) - 2 * np.einsum("god,god->go", made, wanted) + power)[live].sum())
+        for made in (np.where(kept, weight, 0.0), result)
+    ]
+    scale = max(float(power[live].sum()), 1e-30)
+    before, after = (max(error, 0.0) / scale for error in errors)
+    return result.reshape(matrix.shape), bias, Fit(layer.name, before, after)
+
+
+def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Outer products of the rows of (groups, n) and (groups, m)."""
+    return np.asarray(a[:, :, None] * b[:, None, :])
+
+
+def _turned(matrices: np.ndarray) -> np.ndarray:
+    return np.asarray(matrices.swapaxes(-1, -2))
 
 
 def _write(graph: Graph, layer: Layer, matrix: np.ndarray, bias: np.ndarray | None) -> None:

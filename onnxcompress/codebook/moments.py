@@ -139,7 +139,8 @@ class Sums:
 
 def _shift(rows: np.ndarray) -> np.ndarray:
     """(groups, D) float64: the means of the columns of (groups, n, D) that hardly vary, in float32; 0 for others."""
-    mean, variance = rows.mean(axis=1, dtype=np.float64), rows.var(axis=1, dtype=np.float64)
+    mean = rows.mean(axis=1, dtype=np.float64)
+    variance = np.einsum("gnd,gnd->gd", rows, rows, dtype=np.float64) / rows.shape[1] - mean**2
     return np.where(mean**2 > STEADY * variance, mean, 0.0).astype(np.float32).astype(np.float64)
 
 

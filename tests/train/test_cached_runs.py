@@ -114,7 +114,9 @@ def test_small_batches_settle_to_what_all_samples_have_together():
     settle_statistics(twin, feeds)
     with torch.no_grad():
         read = torch.cat([twin(one, ["c"])["c"] for one in feeds])
-    assert torch.allclose(twin.get_buffer("m1"), read.mean(0), rtol=1e-5)  # measured 1e-7; batch by batch it is off by 3e-2
+    assert torch.allclose(
+        twin.get_buffer("m1"), read.mean(0), rtol=1e-5
+    )  # measured 1e-7; batch by batch it is off by 3e-2
     assert torch.allclose(twin.get_buffer("v1"), read.var(0, correction=0), rtol=1e-5)
 
 

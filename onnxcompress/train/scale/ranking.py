@@ -91,18 +91,21 @@ def _by_fits(given: Given, blocks: Sequence[Block], needed: int, say: Callable[[
     twin = TorchGraph(supernet.graph).to(given.device).eval()
     lambdas = Lambdas(twin, supernet.lambdas)
     start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    front = CachedRuns(twin, given.calibration, settle=True)
     order: list[Block] = []
     left, error = list(blocks), 0.0
     while left and len(order) < needed:
         errors = {}
         gone = [block.name for block in order]
-        runs = CachedRuns(twin, given.calibration, settle=True)
         ahead = in_order(given.graph, left)
+        runs = front
         for index, block in enumerate(ahead):
             say(f"block {len(order) + 1} of {needed} to go: {index + 1} of {len(left)} tried")
             lambdas.prune(gone)
             later = [supernet.lambdas[other.name] for other in ahead[index:]]
             runs.keep([*later, *fitted_at_outputs(twin)])  # tries share what is in front of their block
+            if runs is front:
+                runs = front.fork()  # and rounds what is in front of the first that is left
             lambdas.prune([*gone, block.name])
             errors[block.name] = _error(runs.fork(), given.original_runs)
             twin.load_state_dict(start)
