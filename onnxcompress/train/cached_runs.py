@@ -43,6 +43,7 @@ class CachedRuns:
         self._nodes = needed_nodes(network.graph, everything, set())  # sorted
         self._unsettled = running_statistics(network) if settle else {}
         self._sequential = bool(self._unsettled) and is_sequential(self.samples)
+        self._moving: set[GraphTensor] | None = None
         self._border: tuple[str, ...] = ()
         self._kept: list[Feeds] = [{} for _ in self.samples]
         self._kept_training: list[Feeds] = self._kept  # likewise, of batches that normalize with their own statistics
@@ -64,8 +65,13 @@ class CachedRuns:
 
         Raises:
             ModelError: There is no such tensor.
+            ValueError: One was not moving before.
         """
         moved = self._moved(moving)
+        if self._moving is not None and not moved <= self._moving:
+            first = min(str(tensor.name) for tensor in moved - self._moving)
+            raise ValueError(f"{first!r} is in front of what was kept")
+        self._moving = moved
         border = self._border_of(moved)
         if border == self._border:
             return

@@ -91,6 +91,20 @@ def test_a_mean_that_goes_moves_into_the_bias(runtime):
     assert relative_error(run(proto, fresh)[0], run(pruned, fresh)[0]) < 1e-3  # measured 1e-4: the ridge
 
 
+def test_weights_that_the_samples_say_nothing_about_stay(runtime):
+    """A channel that was 0 on every sample may be something else on others."""
+    weights = {"w1": normal(8, 3, 1, 1), "b1": normal(8), "w2": normal(5, 8, 1, 1), "b2": normal(5)}
+    weights["w1"][0], weights["b1"][0] = 0, -1  # Relu lets nothing through
+    proto = model(
+        "g (float[N,3,4,4] x) => (float[N,5,4,4] y) { a = Conv(x, w1, b1) r = Relu(a) y = Conv(r, w2, b2) }", **weights
+    )
+    channels = find_channels(graph_of(proto))
+    compensate(channels, {"a": [7]}, samples(proto), runtime)
+    (second,) = [node for node in channels.graph.nodes if node.op == "Conv" and node.inputs[0].name == "r"]
+    assert np.allclose(second.inputs[1].values[:, 0], weights["w2"][:, 0], rtol=1e-5)  # measured 0
+    assert not np.allclose(second.inputs[1].values[:, 1], weights["w2"][:, 1], rtol=1e-3)
+
+
 def test_errors_of_the_layers_before_are_made_up_for(runtime):
     """The last layer reads no channel that goes, and is fitted to the original on the pruned network's input."""
     text = (

@@ -170,6 +170,13 @@ def test_a_fork_goes_on_alone():
     assert len(calls) == len(feeds)
 
 
+def test_what_was_kept_cannot_move_again():
+    runs = CachedRuns(twin_of(CHAIN), samples())
+    runs.keep(["w2"])
+    with pytest.raises(ValueError, match="is in front of what was kept"):
+        runs.keep(["w1", "w2"])
+
+
 def test_an_unknown_name_is_named():
     runs = CachedRuns(twin_of(CHAIN), samples())
     with pytest.raises(ModelError, match="no tensor 'w9'"):

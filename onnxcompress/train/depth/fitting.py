@@ -367,8 +367,8 @@ def _bias(twin: TorchGraph, node: Node, following: Sequence[Node]) -> str:
 def _fit(name: str, runs: CachedRuns, original: CachedRuns, place: _Place) -> BlockFit:
     twin = runs.network
     sums, slope = _Sums(), torch.empty(0)
-    runs.settle([place.branch])
     read = [place.reads, place.makes, place.branch, *([place.skip] if place.skip else [])]
+    runs.settle(read)
     for found, (wanted,) in zip(runs(read), (each.values() for each in original([place.wanted])), strict=True):
         slope = slope if slope.numel() else _slope(twin, place, found[place.makes], found[place.branch])
         missing = wanted - found[place.branch]

@@ -15,6 +15,7 @@ from onnxcompress.data import InputSpec, load_data
 from onnxcompress.model_io import load
 from onnxcompress.testing import model
 from onnxcompress.train.batchnorm import settle_statistics
+from onnxcompress.train.cached_runs import CachedRuns
 from onnxcompress.train.depth.blocks import find_blocks, without_overlaps
 from onnxcompress.train.depth.fitting import fit_blocks, fit_supernet
 from onnxcompress.train.depth.preparation import prepare
@@ -149,6 +150,28 @@ def test_fitted_networks_are_better_than_settled_ones(kind, calibration):
     assert accuracy(twin) > (expected + with_fits) / 2
 
 
+@pytest.mark.parametrize("kind", CASES)
+def test_keeping_the_front_changes_no_number(kind, calibration, monkeypatch):
+    supernet = supernet_of(kind)
+    found = []
+    for _ in ("kept", "run whole each time"):
+        twin, lambdas = pruned_twin(supernet)
+        fits = fit_blocks(twin, supernet, original_of(supernet), calibration, lambdas=lambdas)
+        mixed, alone = fit_supernet(supernet, original_of(supernet), calibration)
+        both = TorchGraph(mixed.graph).state_dict()
+        found.append((fits, alone, twin.state_dict(), both))
+        monkeypatch.setattr(CachedRuns, "keep", lambda self, moving: None)
+    (fits, alone, *states), (other_fits, other_alone, *others) = found
+    assert len(fits) > len(supernet.blocks) and len(alone) == len(supernet.blocks)
+    for mine, other in zip((*fits, *alone), (*other_fits, *other_alone), strict=True):
+        assert (mine.name, mine.reason) == (other.name, other.reason)
+        assert mine.after == pytest.approx(other.after, rel=1e-5, nan_ok=True)  # measured 0
+    for state, other in zip(states, others, strict=True):
+        assert state.keys() == other.keys()
+        for name, tensor in state.items():
+            assert torch.allclose(tensor, other[name], rtol=1e-3, atol=1e-5 * float(tensor.abs().max())), name
+
+
 def test_the_batchnormalization_behind_a_fit_holds_the_statistics_of_what_it_reads(calibration):
     supernet = supernet_of("inverted-residual")
     supernet = build_supernet(supernet.original, supernet.blocks[:1])
@@ -229,6 +252,33 @@ def test_a_kept_block_with_auto_pad_is_fitted():
     twin, lambdas = pruned_twin(supernet)
     fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas)
     assert len(fits) == 2 and all(fit.after < 0.9 * fit.before and not fit.reason for fit in fits)
+
+
+def test_blocks_side_by_side_are_fitted_as_if_nothing_was_kept(monkeypatch):
+    """The second block is pruned after the first was fitted, and begins in front of it; its statistics settle last."""
+    rng = np.random.default_rng(2)
+    text = """g (float[N,4,6,6] x) => (float[N,4,6,6] y) {
+        a1 = Conv<pads=[1,1,1,1]>(x, w1)  r1 = Relu(a1)
+        a3 = Conv<pads=[1,1,1,1]>(x, w3)  r3 = Relu(a3)
+        a2 = Conv<pads=[1,1,1,1]>(r1, w2)  e = Add(a2, x)
+        a4 = Conv<pads=[1,1,1,1]>(r3, w4)  f = Add(a4, x)
+        s = Add(e, f)  y = BatchNormalization(s, one, one, one, one)
+    }"""
+    weights = {f"w{i}": rng.normal(size=(4, 4, 3, 3)).astype(np.float32) * 0.3 for i in (1, 2, 3, 4)}
+    graph = prepare(load(model(text, **weights, one=np.ones(4, np.float32))))
+    supernet = build_supernet(graph, without_overlaps(find_blocks(graph)[0], prefer=()))
+    feeds = [{"x": torch.from_numpy(rng.normal(size=(16, 4, 6, 6)).astype(np.float32))} for _ in range(4)]
+    states = []
+    for _ in ("kept", "run whole each time"):
+        twin, lambdas = pruned_twin(supernet)
+        fits = fit_blocks(twin, supernet, original_of(supernet), feeds, lambdas=lambdas)
+        assert len(fits) == 2 and not any(fit.reason for fit in fits)
+        states.append({name: tensor.clone() for name, tensor in twin.state_dict().items()})
+        settle_statistics(twin, feeds)
+        states.append(twin.state_dict())
+        monkeypatch.setattr(CachedRuns, "keep", lambda self, moving: None)
+    for other in states[1:]:
+        assert all(torch.allclose(tensor, other[name], rtol=1e-5) for name, tensor in states[0].items())  # measured 0
 
 
 def test_a_deleted_block_has_nothing_to_fit(calibration):

@@ -11,9 +11,11 @@ from onnxcompress import models
 from onnxcompress.channels.options import Goal
 from onnxcompress.cost import count
 from onnxcompress.errors import RecipeError
+from onnxcompress.train.cached_runs import CachedRuns
+from onnxcompress.train.scale import ranking
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.options import ScaleOptions
-from onnxcompress.train.scale.ranking import rank_blocks, residual_blocks
+from onnxcompress.train.scale.ranking import _error, rank_blocks, residual_blocks
 from onnxcompress.train.settings import TrainSettings
 
 pytest.importorskip("sklearn")
@@ -49,6 +51,25 @@ def test_a_block_that_does_nothing_goes_first(given):
     order = rank_blocks(given, blocks, 0.5 * count(given.graph).macs, lambda line: None)
     assert order[0] is idle
     assert len(runs) == len(given.calibration) > 0, "the original runs once, however many blocks are tried"
+
+
+@pytest.mark.parametrize("given", ["fits"], indirect=True)
+def test_the_front_that_tries_share_changes_nothing(given, monkeypatch):
+    blocks, _ = residual_blocks(given.graph)
+    seen = []
+
+    def recorded(runs, original):
+        seen.append(_error(runs, original))
+        return seen[-1]
+
+    monkeypatch.setattr(ranking, "_error", recorded)
+    order = rank_blocks(given, blocks, 0.5 * count(given.graph).macs, lambda line: None)
+    shared = seen.copy()
+    seen.clear()
+    monkeypatch.setattr(CachedRuns, "keep", lambda self, moving: None)
+    assert rank_blocks(given, blocks, 0.5 * count(given.graph).macs, lambda line: None) == order
+    assert [order.index(block) for block in sorted(order, key=lambda block: block.nodes)] != list(range(len(order)))
+    assert len(order) > 2 and seen == pytest.approx(shared, rel=1e-6)  # measured 0
 
 
 def test_no_more_blocks_go_than_the_goal_needs(given):
