@@ -151,12 +151,44 @@ def _quadratic(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.asarray(np.einsum("...nd,...nd->...n", rows @ matrix, rows))
 
 
+def shrinkage(matrices: np.ndarray, rows: int) -> np.ndarray:
+    """By how much to scale what is off the diagonal of second moments of few rows.
+
+    Of fewer rows than columns every column is a sum of others, which does not hold for further rows. The share is the
+    oracle approximating shrinkage of Chen et al., "Shrinkage algorithms for MMSE covariance estimation" (2010, equation
+    23), of the correlations to 0.
+
+    Args:
+        matrices: (groups, D, D).
+        rows: That they are of.
+
+    Returns:
+        (groups,) in [0, 1]; 0 leaves them.
+    """
+    deviations = np.sqrt(np.diagonal(matrices, axis1=1, axis2=2).clip(min=0))
+    scale = np.where(deviations > 0, 1 / np.where(deviations > 0, deviations, 1), 0)
+    power = np.square(matrices * scale[:, :, None] * scale[:, None, :]).sum(axis=(1, 2))
+    p = np.maximum((deviations > 0).sum(axis=1), 1).astype(np.float64)
+    beyond = (rows + 1 - 2 / p) * (power - p)
+    share = ((1 - 2 / p) * power + p**2) / np.where(beyond > 0, beyond, 1)
+    return np.where(beyond > 0, np.minimum(share, 1.0), 1.0)
+
+
+def _shrunk(matrices: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(..., D, D) with what is off the diagonal scaled by 1 - share."""
+    eye = np.eye(matrices.shape[-1])
+    return np.asarray(matrices * (1 - share[..., None, None] * (1 - eye)))
+
+
 def _consumers(reader: Reader, statistics: Statistics, meter: DamageMeter | None, seed: int) -> list[_Consumer]:
     layer, matrix = reader.layer, reader.layer.matrix().astype(np.float64)
     assert reader.columns is not None
     per_group = layer.outputs // layer.groups
     blocks = [matrix[g * per_group : (g + 1) * per_group] for g in range(layer.groups)]
     covariances = [_covariance(statistics, g) for g in range(layer.groups)]
+    if statistics.rows < layer.length:
+        shares = shrinkage(np.stack(covariances), statistics.rows)
+        covariances = [_shrunk(c, share) for c, share in zip(covariances, shares, strict=True)]
     energy = sum(float(_quadratic(w, c).sum()) for w, c in zip(blocks, covariances, strict=True))
     if energy <= 0:
         return []
@@ -376,6 +408,10 @@ def _solve(
         cross = cross - _outer(mean, float_mean)
         floats = floats - _outer(float_mean, float_mean)
         missing = missing - _outer(mean, missing_mean)
+    if rows < layer.length:
+        share = shrinkage(own, rows)
+        own, cross, floats = (_shrunk(matrix, share) for matrix in (own, cross, floats))
+        missing = missing * (1 - share[:, None, None])
     wanted = weight @ _turned(cross) + _turned(missing)  # (groups, outputs, D): what each input should give
     some = own[:, kept][:, :, kept]
     ridge = RIDGE * np.maximum(np.trace(some, axis1=1, axis2=2) / max(kept.sum(), 1), 1e-30)[:, None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcompress.channels.compensation import compensate, rank_by_data
+from onnxcompress.channels.compensation import compensate, rank_by_data, shrinkage
 from onnxcompress.channels.groups import find_channels
 from onnxcompress.channels.removing import remove_and_zero
 from onnxcompress.model_io import to_proto
@@ -140,3 +140,37 @@ def test_a_network_without_samples_keeps_its_weights(runtime):
     channels = find_channels(graph_of(CONV))
     compensate(channels, {}, samples(CONV), runtime)
     assert to_proto(channels.graph).graph.initializer == CONV.graph.initializer
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_samples_do_not_say_that_channels_repeat_each_other(seed, runtime):
+    """Of 12 samples any 20 columns of 32 are sums of the others."""
+    rng = np.random.default_rng(seed)
+    text = (
+        "g (float[N,8] x) => (float[N,6] y) { a = Gemm<transB=1>(x, w1, b1) r = Relu(a) y = Gemm<transB=1>(r, w2, b2) }"
+    )
+    shapes = {"w1": (32, 8), "b1": (32,), "w2": (6, 32), "b2": (6,)}
+    proto = model(text, **{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+    feeds = [{"x": rng.normal(size=(12, 8)).astype(np.float32)}]
+    channels = find_channels(graph_of(proto))
+    (ranking,) = rank_by_data(channels, feeds, runtime).values()
+    # Measured 0.15 to 0.33; by the moments as they are 0.0006 to 0.0013.
+    assert ranking.costs[:20].sum() > 0.1 * ranking.costs[20:].sum()
+    (fit,) = [f for f in compensate(channels, {"a": list(range(12))}, feeds, runtime) if "w2" in f.name]
+    assert fit.after > 0.5 * fit.before  # measured 0.78 to 0.91; by the moments as they are 1e-5
+
+
+def test_shrinkage_is_that_of_scikit_learn():
+    covariance = pytest.importorskip("sklearn.covariance")
+    rng = np.random.default_rng(3)
+    mixed = rng.normal(size=(3, 40)) * np.arange(3, 0, -1)[:, None]
+    found, wanted = [], []
+    for rows in (20, 60, 2000):
+        x = rng.normal(size=(rows, 3)) @ mixed + rng.normal(size=(rows, 40))
+        x = (x - x.mean(0)) / x.std(0)
+        found.append(float(shrinkage((x.T @ x / rows)[None], rows)[0]))
+        wanted.append(covariance.oas(x, assume_centered=True)[1])  # leaves out two terms of 1 / D
+    assert found == pytest.approx(wanted, rel=0.05)
+    assert found[0] > 10 * found[2] > 0
+    scaled = np.diag([1.0, 4.0, 0.0])  # nothing off the diagonal, and a column that is always 0
+    assert shrinkage(scaled[None], 5)[0] == 1

@@ -85,7 +85,7 @@ def prune(given: Given, ladders: Ladders, target: Levels, *, held: Graph | None 
     if target[2]:
         scale(graph, ladders.pixels[target[2]] / ladders.pixels[0])
     twin = TorchGraph(graph).to(given.device)
-    runs = CachedRuns(twin, given.calibration, settle=True)
+    runs = CachedRuns(twin, given.calibration, settle=given.settles)
     fit_outputs(runs, given.original_runs)
     runs.settle()
     twin.to("cpu").write_back(graph)
@@ -111,7 +111,7 @@ def _delete(given: Given, graph: Graph, ladders: Ladders, start: int, end: int) 
     twin = TorchGraph(supernet.graph).to(given.device)
     lambdas = Lambdas(twin, supernet.lambdas)
     before = TorchGraph(graph, trainable=lambda name: False).to(given.device)
-    fit_blocks(twin, supernet, before, given.calibration, lambdas=lambdas)
+    fit_blocks(twin, supernet, before, given.calibration, lambdas=lambdas, settle=given.settles)
     pruned = build_pruned(supernet, blocks, [block.name for block in blocks])
     twin.to("cpu").write_back(pruned)
     return pruned
@@ -138,6 +138,7 @@ def train_graph(
     progress: Step | None = None,
 ) -> Made:
     """Train the twin of a graph; the graph itself is not changed."""
+    settings = replace(settings, freeze_statistics=not given.settles)
     twin = TorchGraph(graph)
     supervision = given.supervise(twin)
     assert supervision.metric is not None and supervision.objective is not None

@@ -91,7 +91,7 @@ def _by_fits(given: Given, blocks: Sequence[Block], needed: int, say: Callable[[
     twin = TorchGraph(supernet.graph).to(given.device).eval()
     lambdas = Lambdas(twin, supernet.lambdas)
     start = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
-    front = CachedRuns(twin, given.calibration, settle=True)
+    front = CachedRuns(twin, given.calibration, settle=given.settles)
     order: list[Block] = []
     left, error = list(blocks), 0.0
     while left and len(order) < needed:

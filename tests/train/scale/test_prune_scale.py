@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 
 from onnxcompress import models
@@ -27,7 +28,7 @@ from onnxcompress.train.scale.axes import Ladders, count_all
 from onnxcompress.train.scale.collecting import axis_points
 from onnxcompress.train.scale.given import Given
 from onnxcompress.train.scale.laddering import kept_ladders
-from onnxcompress.train.scale.making import prune
+from onnxcompress.train.scale.making import prune, train_graph
 from onnxcompress.train.scale.options import ScaleOptions, parse_axes
 from onnxcompress.train.scale.pruning import Job, plan_scale, prune_scale
 from onnxcompress.train.scale.ranking import residual_blocks
@@ -401,3 +402,32 @@ def test_the_command_plans(tmp_path):
     assert result.exit_code == 0, result.exception
     assert "depth-2-0-0" in result.stdout and "nothing is written" in result.stdout
     assert "points on the axes, 0 off them" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["own", "other", "frozen"])
+def test_statistics_of_other_data_than_the_network_knows_are_left_alone(tmp_path, caplog, kind):
+    """Digits as they are, or brighter than what the network was trained on."""
+    data = "sklearn:digits:train"
+    if kind == "other":
+        images = np.random.default_rng(0).normal(3, 2, size=(96, 1, 8, 8)).astype(np.float32)
+        data = str(tmp_path / "other.npz")
+        np.savez(data, image=images)
+    options = ScaleOptions(
+        data=data,
+        val=data,
+        goal=Goal("macs", 0.5, True),
+        calibration=64,
+        limit=96,
+        training=TrainSettings(device="cpu", batch=32, epochs=1, freeze_statistics=kind == "frozen"),
+    )
+    with Given(RESNET, options) as given:
+        assert given.settles == (kind == "own")
+        assert ("keeps the statistics of the file" in caplog.text) == (kind == "other")
+        blocks, whole = residual_blocks(given.graph)
+        graph = prune(given, Ladders(blocks=tuple(blocks[-1:]), block_count=whole), (1, 0, 0))
+        made = train_graph(given, graph, options.training)
+        trained = {norm.mean: made.twin.get_buffer(norm.mean) for norm in made.twin.batch_normalizations}
+        start = given.original
+        same = [torch.equal(held, start.get_buffer(name)) for name, held in trained.items()]
+        # A fit moves those behind the Convs that it changes: of this block's stage alone.
+        assert sum(same) > 12 if kind != "own" else not any(same)
