@@ -78,8 +78,7 @@ class CachedRuns:
         settled = {pair: names for pair, names in self._unsettled.items() if self.network.find(pair[0]) not in moved}
         kept_training: list[Feeds] | None = self._kept_training
         if self._sequential:
-            for pair, names in settled.items():
-                set_statistics(self.network, {pair: names}, self(names))
+            self._settle_in_turn(settled)
         elif self._unsettled:
             kept_training = self._settle(settled, border)
         kept = None if kept_training is None else self._collect(border)
@@ -105,8 +104,7 @@ class CachedRuns:
             read = {tensor for node in nodes for tensor in reads_of(node)}
             pairs = {pair: names for pair, names in pairs.items() if find(pair[0]) in read}
         if self._sequential:
-            for pair, names in pairs.items():
-                set_statistics(self.network, {pair: names}, self(names))
+            self._settle_in_turn(pairs)
         elif pairs:
             self._settle(pairs, ())
 
@@ -117,6 +115,10 @@ class CachedRuns:
             with torch.no_grad():
                 found = self.network({**feeds, **more}, outputs)
             yield found
+
+    def _settle_in_turn(self, pairs: Mapping[Statistics, Sequence[str]]) -> None:
+        for pair, names in pairs.items():
+            set_statistics(self.network, {pair: names}, self(names))
 
     def _settle(self, pairs: Mapping[Statistics, Sequence[str]], border: Sequence[str]) -> list[Feeds] | None:
         """One pass in which batches normalize with their own statistics; what it makes at a border."""

@@ -195,12 +195,13 @@ class Given:
         """
         if self.options.training.freeze_statistics:
             return False
-        twin = TorchGraph(self.graph, trainable=lambda name: False).to(self.device)
-        if not running_statistics(twin):
+        if not running_statistics(self.original):
             return True
+        twin = TorchGraph(self.graph, trainable=lambda name: False).to(self.device)
         settle_statistics(twin, self.calibration)
         error = _relative_error(self.original_runs, CachedRuns(twin, self.calibration))
-        if error > MOST_SETTLED_ERROR:
+        is_close = error <= MOST_SETTLED_ERROR  # NaN is not
+        if not is_close:
             logger.warning(
                 "BatchNormalization keeps the statistics of the file: with those of %d samples of %s the original's "
                 "outputs are off by %.2g of their variance, more than %g; if images are prepared otherwise for this "
@@ -210,7 +211,7 @@ class Given:
                 error,
                 MOST_SETTLED_ERROR,
             )
-        return error <= MOST_SETTLED_ERROR
+        return is_close
 
     def settle(self, twin: TorchGraph) -> None:
         """Estimate BatchNormalization of a twin anew, where that is done."""
@@ -258,7 +259,7 @@ def _relative_error(wanted: CachedRuns, found: CachedRuns) -> float:
                 parts = (torch.tensor(float(w.numel())), w.sum(), w.square().sum(), (w - f).square().sum())
                 sums[name] += [float(part) for part in parts]
     spreads = {name: power - total**2 / max(count, 1) for name, (count, total, power, _) in sums.items()}
-    return max((float(sums[name][3] / spread) for name, spread in spreads.items() if spread > 0), default=0.0)
+    return float(max((sums[name][3] / spread for name, spread in spreads.items() if spread > 0), default=0.0))
 
 
 def _plain(value: Any) -> Any:

@@ -404,6 +404,16 @@ def test_the_command_plans(tmp_path):
     assert "points on the axes, 0 off them" in result.stdout
 
 
+def test_a_network_that_settles_to_nan_keeps_its_statistics(monkeypatch, caplog):
+    options = ScaleOptions(
+        data="sklearn:digits:train", val="sklearn:digits", goal=Goal("macs", 0.5, True), calibration=32, limit=64
+    )
+    monkeypatch.setattr("onnxcompress.train.scale.given._relative_error", lambda wanted, found: float("nan"))
+    with Given(RESNET, options) as given:
+        assert not given.settles
+    assert "keeps the statistics of the file" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["own", "other", "frozen"])
 def test_statistics_of_other_data_than_the_network_knows_are_left_alone(tmp_path, caplog, kind):
     """Digits as they are, or brighter than what the network was trained on."""
